@@ -1,0 +1,11 @@
+"""Read (`capture`, `record`) and write (`edit`) the activations of any supported model."""
+
+from .capture import Activations, batches, capture, record
+from .edit import Ablate, Add, Apply, Clamp, Edit, Patch, Project, Scale, edit, on_layers
+from .moments import Moments
+from .sites import SITES, Key, expand_layers, expand_sites
+
+__all__ = [
+    "SITES", "Ablate", "Activations", "Add", "Apply", "Clamp", "Edit", "Key", "Moments", "Patch", "Project", "Scale",
+    "batches", "capture", "edit", "expand_layers", "expand_sites", "on_layers", "record",
+]  # fmt: skip

@@ -1,0 +1,228 @@
+"""What is known about the forward pass in progress: padding, cache length, positions. Shared by capture and edit."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HookError, InputError
+from ..models.anatomy import Anatomy
+
+Span: TypeAlias = tuple[int, int]
+Positions: TypeAlias = "str | int | Sequence[int] | Sequence[Span] | Sequence[Sequence[Span]] | Tensor"
+
+
+@dataclass
+class Forward:
+    """One forward pass: `length` new columns after `past` cached ones; `mask` is True on real tokens."""
+
+    batch: int
+    length: int
+    past: int
+    mask: Tensor | None
+    """[B, past + length] bool, or None when no token is padding."""
+    prompt_length: int
+    """Columns that belong to the prompt; later ones were generated."""
+
+    @property
+    def is_prompt(self) -> bool:
+        return self.past < self.prompt_length
+
+    def real(self, device: torch.device) -> Tensor:
+        """[B, length] True on real tokens of this pass."""
+        if self.mask is None:
+            return torch.ones(self.batch, self.length, dtype=torch.bool, device=device)
+        return self.mask[:, -self.length :].to(device)
+
+    def index(self, device: torch.device) -> Tensor:
+        """[B, length] position of each column among the real tokens of its row, counted from the row's start."""
+        if self.mask is None:
+            return torch.arange(self.past, self.past + self.length, device=device).expand(self.batch, -1)
+        return (self.mask.to(device).long().cumsum(-1) - 1)[:, -self.length :]
+
+    def columns(self, device: torch.device) -> Tensor:
+        return torch.arange(self.past, self.past + self.length, device=device)
+
+    def last(self, device: torch.device) -> Tensor:
+        """[B] column of the last real token in this pass."""
+        if self.mask is None:
+            return torch.full((self.batch,), self.length - 1, device=device)
+        real = self.real(device)
+        return torch.where(real, torch.arange(self.length, device=device), -1).max(-1).values.clamp_min(0)
+
+
+class ForwardTracker:
+    """Keeps `current` up to date through pre-hooks on the model and on its decoder."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self.model, self.decoder = model, model.get_submodule(anatomy.decoder)
+        self.current: Forward | None = None
+        self.count = 0
+        self._outer_mask: Tensor | None = None
+        self._signatures = {id(m): _positional_names(m) for m in (self.model, self.decoder)}
+        self._previous: tuple[Tensor, int] | None = None
+
+    def install(self) -> list[Any]:
+        handles = [self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        if self.model is not self.decoder:
+            handles.insert(0, self.model.register_forward_pre_hook(self._outer, with_kwargs=True))
+        return handles
+
+    def _named(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+        return dict(zip(self._signatures[id(module)], args)) | kwargs
+
+    def _outer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._outer_mask = _key_mask(self._named(module, args, kwargs).get("attention_mask"))
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        named = self._named(module, args, kwargs)
+        tokens = next((named[k] for k in ("input_ids", "inputs_embeds", "input") if named.get(k) is not None), None)
+        if tokens is None:
+            raise HookError("the decoder was called without input_ids or inputs_embeds, so positions are unknown")
+        cache = named.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+        mask = self._outer_mask if self._outer_mask is not None else _key_mask(named.get("attention_mask"))
+        batch, length = tokens.shape[0], tokens.shape[1]
+        if mask is not None and mask.shape[-1] != past + length:
+            mask = mask[:, : past + length] if mask.shape[-1] > past + length else None
+        self.current = Forward(batch, length, past, mask, self._prompt_length(tokens, past, length))
+        self.count += 1
+        self._outer_mask = None
+
+    def _prompt_length(self, tokens: Tensor, past: int, length: int) -> int:
+        """Columns of the prompt: what the first pass held; also right without a KV cache, by its growing prefix."""
+        previous = self._previous
+        if previous is None:
+            prompt = past + length
+        elif past:
+            prompt = min(previous[1], past)
+        else:
+            old, prompt = previous
+            grown = tokens.dim() == 2 and length == old.shape[1] + 1 and old.shape[0] == tokens.shape[0]
+            if not (grown and torch.equal(tokens[:, :-1], old)):
+                prompt = length
+        kept = tokens if not past and tokens.dim() == 2 else (previous[0] if previous else tokens[:0])
+        self._previous = (kept, prompt)
+        return prompt
+
+
+def _positional_names(module: nn.Module) -> list[str]:
+    return [name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs")]
+
+
+def _key_mask(mask: Any) -> Tensor | None:
+    """[B, S] True on real keys, from a 2-d mask, a 4-d mask or transformers' dict of masks; None when all real."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 4:
+        row = mask[:, 0].any(1) if mask.dtype == torch.bool else (mask[:, 0] > torch.finfo(mask.dtype).min / 2).any(1)
+        return row
+    if mask.dim() != 2:
+        return None
+    return mask.bool()
+
+
+def hidden_of(value: Any) -> Tensor:
+    """The hidden-state tensor of a module's output: itself, or the first of a tuple (never row 0 of a batch)."""
+    return value if isinstance(value, Tensor) else value[0]
+
+
+def replace_hidden(value: Any, new: Tensor) -> Any:
+    return new if isinstance(value, Tensor) else type(value)((new, *value[1:])) if type(value) is tuple else _put(value, new)
+
+
+def _put(value: Any, new: Tensor) -> Any:
+    value[0] = new
+    return value
+
+
+def input_of(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def replace_input(args: tuple, kwargs: dict, new: Tensor) -> tuple[tuple, dict]:
+    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+
+def hook_point(module: nn.Module, io: str, fn: Callable[[Tensor], Tensor | None]) -> Any:
+    """Register `fn` on a module's input or output tensor; a returned tensor replaces it, None leaves it."""
+    if io == "input":
+
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            new = fn(input_of(args, kwargs))
+            return None if new is None else replace_input(args, kwargs, new)
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def after(_: nn.Module, __: tuple, output: Any) -> Any:
+        new = fn(hidden_of(output))
+        return None if new is None else replace_hidden(output, new)
+
+    return module.register_forward_hook(after)
+
+
+def position_weights(positions: Positions, forward: Forward, device: torch.device) -> tuple[Tensor, Tensor, bool]:
+    """Columns to read, as (columns [B, P], valid [B, P], squeeze), for "last", "all", an int, a list or a tensor.
+
+    Integers are positions among the real tokens of each row (negative from its end). Raises InputError when a
+    row is too short, naming the row.
+    """
+    if isinstance(positions, str):
+        if positions == "all":
+            columns = torch.arange(forward.length, device=device).expand(forward.batch, -1)
+            return columns, forward.real(device), False
+        if positions == "last":
+            columns = forward.last(device)[:, None]
+            return columns, torch.ones_like(columns, dtype=torch.bool), True
+        raise InputError(f"unknown positions {positions!r}; choose from 'last', 'all', integers or (start, stop) spans")
+    wanted = torch.as_tensor(positions, device=device)
+    squeeze = wanted.dim() == 0
+    wanted = wanted.reshape(1, -1).expand(forward.batch, -1) if wanted.dim() < 2 else wanted
+    if wanted.shape[0] != forward.batch:
+        raise InputError(f"positions are given for {wanted.shape[0]} rows, but the batch has {forward.batch}")
+    real = forward.real(device)
+    count = real.sum(-1, keepdim=True)
+    short = ((wanted >= count) | (wanted < -count)).any(-1).nonzero().flatten()
+    if len(short):
+        row = int(short[0])
+        raise InputError(f"row {row} has {int(count[row])} tokens, too few for position(s) {wanted[row].tolist()}")
+    order = torch.argsort((~real).to(torch.int8), dim=-1, stable=True)  # real columns first, in order
+    return order.gather(1, wanted % count), torch.ones_like(wanted, dtype=torch.bool), squeeze
+
+
+def is_spans(positions: Positions) -> bool:
+    """Whether positions are (start, stop) spans: one tuple per row, or a list of tuples per row."""
+    if isinstance(positions, (str, int, Tensor)) or not len(positions):
+        return False
+    first = positions[0]
+    if isinstance(first, tuple):
+        return True
+    return isinstance(first, Sequence) and bool(len(first)) and isinstance(first[0], tuple)
+
+
+def span_weights(spans: Sequence[Any], forward: Forward, device: torch.device) -> tuple[Tensor, bool]:
+    """Averaging weights [B, S, T] of each row's spans (positions among real tokens), and whether S is one per row.
+
+    Rows with fewer spans get zero weights, read back as NaN. Raises InputError for empty or too long spans.
+    """
+    single = isinstance(spans[0], tuple)
+    rows = [[s] if single else list(s) for s in spans]
+    if len(rows) != forward.batch:
+        raise InputError(f"spans are given for {len(rows)} rows, but the batch has {forward.batch}")
+    index, real = forward.index(device), forward.real(device)
+    weights = torch.zeros(forward.batch, max(map(len, rows)), forward.length, device=device)
+    lengths = real.sum(-1).tolist()
+    for row, row_spans in enumerate(rows):
+        for slot, (start, stop) in enumerate(row_spans):
+            if not 0 <= start < stop <= lengths[row]:
+                raise InputError(f"span ({start}, {stop}) of row {row} is empty or outside its {lengths[row]} tokens")
+            inside = (index[row] >= start) & (index[row] < stop) & real[row]
+            weights[row, slot] = inside / inside.sum()
+    return weights, single

