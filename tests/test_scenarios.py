@@ -91,7 +91,12 @@ def test_no_near_duplicate_scenes_within_or_between_the_sets() -> None:
 
 def test_no_near_duplicate_events_of_different_scenes() -> None:
     # the three outcomes of one scene may mirror each other: that contrast is wanted
-    owned = [(row.skeleton_id, event) for data in (discovery(), heldout()) for row in data for event in row.events.values()]
+    owned = [
+        (row.skeleton_id, event)
+        for data in (discovery(), heldout())
+        for row in data
+        for event in row.events.values()
+    ]
     pairs = near_duplicates([event for _, event in owned], 0.45)
     assert [(owned[i], owned[j]) for i, j, _ in pairs if owned[i][0] != owned[j][0]] == []
 
@@ -112,7 +117,7 @@ def test_no_reply_names_an_emotion(shipped: ScenarioSet) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "allowed"), [("discovery", 8), ("heldout", 2)], ids=["discovery", "heldout"]
+    ("name", "allowed"), [("discovery", 4), ("heldout", 2)], ids=["discovery", "heldout"]
 )
 def test_reply_openers_vary(name: str, allowed: int) -> None:
     """No two-word opener marks an emotion: one opener is at most 5% of the emotion's replies."""
@@ -184,8 +189,8 @@ def test_a_split_depends_on_the_seed_alone() -> None:
 
 
 def test_rows_with_the_same_scenario_text_stay_on_one_side() -> None:
-    events_ = dict.fromkeys(VALENCES, "It rained.")
-    data = ScenarioSet(tuple(Scenario("T", f"scene {i // 2}", events_, f"t_{i}") for i in range(20)))
+    outcomes: dict[str, str] = {valence: "It rained." for valence in VALENCES}
+    data = ScenarioSet(tuple(Scenario("T", f"scene {i // 2}", outcomes, f"t_{i}") for i in range(20)))
     train, validation = data.split("scenario", 0.3, seed=3)
     assert {row.scenario for row in train}.isdisjoint(row.scenario for row in validation)
     assert (len(train), len(validation)) == (14, 6)
@@ -207,7 +212,11 @@ def test_impossible_splits_are_refused() -> None:
 ROW = {
     "theme": "Work",
     "scenario": "I opened the shop.",
-    "event": {"positive": "A queue stood outside.", "neutral": "It was nine.", "negative": "The till was gone."},
+    "event": {
+        "positive": "A queue stood outside.",
+        "neutral": "It was nine.",
+        "negative": "The till was gone.",
+    },
     "skeleton_id": "work_00",
 }
 
@@ -222,12 +231,16 @@ def without(*path: str) -> dict:
 
 
 def write(path: Path, *rows: object) -> Path:
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8"
+    )
     return path
 
 
 def test_a_public_sev_file_loads_without_replies(tmp_path: Path) -> None:
-    path = write(tmp_path / "sev.jsonl", ROW | {"source": "ignored"}, "", ROW | {"skeleton_id": "work_01"}, "")
+    path = write(
+        tmp_path / "sev.jsonl", ROW | {"source": "ignored"}, "", ROW | {"skeleton_id": "work_01"}, ""
+    )
     data = load_sev(path)
     assert [row.skeleton_id for row in data] == ["work_00", "work_01"]
     assert data.groups(["neutral"])[0].text == "I opened the shop. It was nine."
@@ -248,13 +261,22 @@ BAD = {
     "no theme": (without("theme"), "line 2: the key 'theme' is missing"),
     "no event": (without("event"), "line 2: the key 'event' is missing"),
     "no valence": (without("event", "neutral"), "line 2: the key 'event.neutral' is missing"),
-    "event as text": (ROW | {"event": "It rained."}, "line 2: 'event' must be a JSON object with entries, got str"),
+    "event as text": (
+        ROW | {"event": "It rained."},
+        "line 2: 'event' must be a JSON object with entries, got str",
+    ),
     "scenario as number": (ROW | {"scenario": 7}, "line 2: 'scenario' must be a string with text, got int"),
-    "scenario null": (ROW | {"scenario": None}, "line 2: 'scenario' must be a string with text, got NoneType"),
+    "scenario null": (
+        ROW | {"scenario": None},
+        "line 2: 'scenario' must be a string with text, got NoneType",
+    ),
     "blank theme": (ROW | {"theme": "  "}, "line 2: 'theme' must be a string with text"),
     "empty theme": (ROW | {"theme": ""}, "line 2: 'theme' must be a string with text, got an empty str"),
     "duplicate": (ROW, "line 2: skeleton_id 'work_00' was already used on line 1"),
-    "bad reply_to": (ROW | {"reply_to": "good", "replies": {"fear": "Run."}}, "line 2: reply_to is 'good'; choose from"),
+    "bad reply_to": (
+        ROW | {"reply_to": "good", "replies": {"fear": "Run."}},
+        "line 2: reply_to is 'good'; choose from",
+    ),
     "reply_to alone": (ROW | {"reply_to": "neutral"}, "line 2: the key 'replies' is missing"),
     "replies alone": (ROW | {"replies": {"fear": "Run."}}, "line 2: the key 'reply_to' is missing"),
     "reply a number": (
@@ -295,8 +317,12 @@ def test_near_duplicates_by_hand() -> None:
     assert near_duplicates(texts, 0.3) == [(0, 1, 1.0), (0, 2, 1 / 3), (1, 2, 1 / 3)]
 
 
-@given(st.lists(st.lists(st.sampled_from("abcdef"), min_size=1).map(" ".join), max_size=8), st.floats(0.01, 1))
-def test_near_duplicates_are_exactly_the_pairs_at_or_above_the_threshold(texts: list[str], threshold: float) -> None:
+@given(
+    st.lists(st.lists(st.sampled_from("abcdef"), min_size=1).map(" ".join), max_size=8), st.floats(0.01, 1)
+)
+def test_near_duplicates_are_exactly_the_pairs_at_or_above_the_threshold(
+    texts: list[str], threshold: float
+) -> None:
     found = near_duplicates(texts, threshold)
     bags = [set(text.split()) for text in texts]
     wanted = {
@@ -318,7 +344,13 @@ def test_near_duplicates_refuses_what_has_no_answer() -> None:
 
 
 def test_affect_words_finds_inflections_and_leaves_lookalikes() -> None:
-    assert affect_words("Proudly she SMILED, worried; \u201cgreat fun!\u201d") == ["proudly", "smiled", "worried", "great", "fun"]
+    assert affect_words("Proudly she SMILED, worried; \u201cgreat fun!\u201d") == [
+        "proudly",
+        "smiled",
+        "worried",
+        "great",
+        "fun",
+    ]
     text = "My great-aunt put the saddle, the madeira, a funnel and glue on the crystal tray in a lovage bed."
     assert affect_words(text) == []
 

@@ -383,11 +383,26 @@ class TestFullDisk:
             store.append(rows(4, 4), records(4, 4))
         assert "\n" not in str(caught.value)
         monkeypatch.undo()
+        with pytest.raises(InputError, match="not open for writing"):
+            store.append(rows(1, 8))
         assert not list((tmp_path / "s").glob("*.tmp"))
         check(ActivationStore.open(tmp_path / "s"), 4)
         with ActivationStore.create(tmp_path / "s", resume=True) as again:
             again.append(rows(2, 4), records(2, 4))
         check(ActivationStore.open(tmp_path / "s"), 6)
+
+    def test_a_failed_store_takes_no_more_rows_even_inside_the_block(self, tmp_path, monkeypatch):
+        def replace(source, target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with ActivationStore.create(tmp_path / "s", SITES, shard_rows=4) as store:
+            monkeypatch.setattr(os, "replace", replace)
+            with pytest.raises(InputError, match="disk is full"):
+                store.append(rows(4), records(4))
+            monkeypatch.undo()
+            with pytest.raises(InputError, match="not open for writing"):
+                store.append(rows(1), records(1))
+        assert len(ActivationStore.open(tmp_path / "s")) == 0
 
     def test_a_real_size_limit_of_the_operating_system(self, tmp_path):
         resource = pytest.importorskip("resource", reason="needs POSIX resource limits")

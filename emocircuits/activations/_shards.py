@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emocircuits.activations.sites import Key
 from emocircuits.artefact import replacing
 from emocircuits.errors import ArtefactError, HookError, InputError, unknown
-
-Key = tuple[str, int]
 
 FORMAT, VERSION = "emocircuits.activations", 1
 INDEX = "index.json"

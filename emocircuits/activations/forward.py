@@ -218,11 +218,13 @@ def span_weights(spans: Sequence[Any], forward: Forward, device: torch.device) -
         raise InputError(f"spans are given for {len(rows)} rows, but the batch has {forward.batch}")
     index, real = forward.index(device), forward.real(device)
     weights = torch.zeros(forward.batch, max(map(len, rows)), forward.length, device=device)
-    lengths = real.sum(-1).tolist()
+    stops = (index * real).max(-1).values + 1
+    starts = stops - real.sum(-1)
     for row, row_spans in enumerate(rows):
+        first, end = int(starts[row]), int(stops[row])
         for slot, (start, stop) in enumerate(row_spans):
-            if not 0 <= start < stop <= lengths[row]:
-                raise InputError(f"span ({start}, {stop}) of row {row} is empty or outside its {lengths[row]} tokens")
+            if not first <= start < stop <= end:
+                raise InputError(f"span ({start}, {stop}) of row {row} is empty or outside its tokens {first} to {end}")
             inside = (index[row] >= start) & (index[row] < stop) & real[row]
             weights[row, slot] = inside / inside.sum()
     return weights, single

@@ -23,7 +23,6 @@ from emocircuits.activations._shards import (
     FORMAT,
     INDEX,
     VERSION,
-    Key,
     check_agreement,
     checked_finite,
     checked_records,
@@ -38,6 +37,7 @@ from emocircuits.activations._shards import (
     widths_of,
     write_safetensors,
 )
+from emocircuits.activations.sites import Key
 from emocircuits.artefact import read_jsonl, write_json_atomic, write_text_atomic
 from emocircuits.errors import ArtefactError, InputError, unknown
 
@@ -90,7 +90,7 @@ class ActivationStore:
         are the store's own, settings given must agree. If a write fails later, rows not yet committed are
         lost. Raises InputError for a folder already in use or settings that disagree.
         """
-        folder = Path(path)
+        folder = Path(path).expanduser()
         if shard_rows < 1:
             raise InputError(f"shard_rows must be at least 1, got {shard_rows}")
         widths = None if sites is None else widths_of(sites)
@@ -114,7 +114,7 @@ class ActivationStore:
     @classmethod
     def open(cls, path: str | Path) -> ActivationStore:
         """Open a store for reading. Raises ArtefactError when the index or a shard is missing or damaged."""
-        folder = Path(path)
+        folder = Path(path).expanduser()
         return cls(folder, read_index(folder), 0, writable=False)
 
     def __enter__(self) -> ActivationStore:

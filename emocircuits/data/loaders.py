@@ -39,7 +39,7 @@ def load_texts(
     (lists those there are), an empty text or label, a broken row, or a file without rows.
     """
     texts = []
-    for line, row in _read_rows(Path(path)):
+    for line, row in _read_rows(Path(path).expanduser()):
         text = _text_cell(path, line, row, text_column)
         label = None if label_column is None else _label_cell(path, line, row, label_column)
         extra = {name: cell for name, cell in row.items() if name not in (text_column, label_column)}
@@ -53,7 +53,7 @@ def load_prompts(path: str | Path) -> list[dict[str, Any]]:
     Raises InputError, with the line number, for a row without a prompt, a broken row, or a file without rows.
     """
     rows = []
-    for line, row in _read_rows(Path(path)):
+    for line, row in _read_rows(Path(path).expanduser()):
         _text_cell(path, line, row, "prompt")
         rows.append(row)
     return rows

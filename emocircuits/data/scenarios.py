@@ -83,10 +83,12 @@ class ScenarioSet:
         return [row.group(valence) for row in self.rows for valence in valences]
 
     def reply_groups(self) -> list[tuple[Group, Mapping[str, str]]]:
-        """Each scenario's replied-to group with its {emotion: reply}; InputError if the set holds no replies."""
+        """Each scenario's replied-to group with its {emotion: reply}; InputError if there are no replies."""
         pairs = [(row.group(row.reply_to), row.replies) for row in self.rows if row.reply_to is not None]
         if not pairs:
-            raise InputError("this scenario set holds no replies; use discovery() or heldout(), which have them")
+            raise InputError(
+                "this scenario set holds no replies; use discovery() or heldout(), which have them"
+            )
         return pairs
 
     def split(
@@ -94,8 +96,8 @@ class ScenarioSet:
     ) -> tuple[ScenarioSet, ScenarioSet]:
         """(train, validation): disjoint, row order kept, `fraction` of the themes or scenarios in validation.
 
-        `by="theme"` moves whole themes; `by="scenario"` draws evenly from every theme and never parts rows that
-        share a scenario text. Both sides get at least one; InputError when that cannot be done.
+        `by="theme"` moves whole themes; `by="scenario"` draws evenly from every theme and never parts rows
+        that share a scenario text. Both sides get at least one; InputError when that cannot be done.
         """
         if by not in ("theme", "scenario"):
             raise unknown("split", by, ("theme", "scenario"))
@@ -104,7 +106,9 @@ class ScenarioSet:
         rng = random.Random(seed)
         units = rng.sample(self.themes, len(self.themes)) if by == "theme" else self._spread_scenarios(rng)
         if len(units) < 2:
-            raise InputError(f"cannot split by {by}: the set holds {len(units)}, and a split needs at least 2")
+            raise InputError(
+                f"cannot split by {by}: the set holds {len(units)}, and a split needs at least 2"
+            )
         held = set(units[: min(max(round(fraction * len(units)), 1), len(units) - 1)])
         train = tuple(row for row in self.rows if getattr(row, by) not in held)
         validation = tuple(row for row in self.rows if getattr(row, by) in held)
@@ -136,8 +140,8 @@ def heldout() -> ScenarioSet:
 def load_sev(path: str | Path) -> ScenarioSet:
     """Read a JSON Lines file in the SEV schema (Wang et al., 2025): theme, scenario, event, skeleton_id.
 
-    `event` maps positive, neutral and negative to a sentence. Our own `reply_to` and `replies` are optional and
-    come together; other keys are ignored. InputError names the file and line of the first row that cannot be used.
+    `event` maps positive, neutral and negative to a sentence. Our own `reply_to` and `replies` are optional
+    and come together; other keys are ignored. InputError names the file and line of the first unusable row.
     """
     path = Path(path)
     rows: list[Scenario] = []
@@ -149,7 +153,9 @@ def load_sev(path: str | Path) -> ScenarioSet:
         row = _parse_row(line, where)
         if row.skeleton_id in line_of:
             first = line_of[row.skeleton_id]
-            raise InputError(f"{where}: skeleton_id {row.skeleton_id!r} was already used on line {first}; ids are unique")
+            raise InputError(
+                f"{where}: skeleton_id {row.skeleton_id!r} was already used on line {first}; ids are unique"
+            )
         line_of[row.skeleton_id] = number
         rows.append(row)
     if not rows:
@@ -158,9 +164,9 @@ def load_sev(path: str | Path) -> ScenarioSet:
 
 
 def near_duplicates(texts: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
-    """Pairs (i, j, similarity), i < j, of texts whose words have Jaccard similarity >= threshold, closest first.
+    """Pairs (i, j, similarity), i < j, of texts with word Jaccard similarity >= threshold, closest first.
 
-    Similarity is in [0, 1] over lower-case word sets. InputError on a threshold outside (0, 1] or a wordless text.
+    Similarity is in [0, 1], over lower-case words. InputError on a bad threshold or a text without words.
     """
     if not 0 < threshold <= 1:
         raise InputError(f"threshold must lie in (0, 1], got {threshold}")
@@ -201,7 +207,9 @@ def _lines(path: Path) -> list[str]:
     except OSError as error:
         raise InputError(f"cannot read the scenario file {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 JSON Lines") from error
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 JSON Lines"
+        ) from error
 
 
 def _parse_row(line: str, where: str) -> Scenario:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import sys
 import tempfile
@@ -50,24 +51,36 @@ def packaged_minilm() -> Path:
 
 
 class SentenceEncoder:
-    """Mean-pooled, L2-normalised sentence vectors [n, d] (float32) from a local Hugging Face encoder folder.
+    """Mean-pooled, L2-normalised sentence vectors (float32) from a local Hugging Face encoder folder.
 
-    The model is loaded at the first text that is not in the cache. Raises InputError if the folder is not a
-    model.
+    `layers` picks hidden states (0 is the word embeddings), each pooled on its own and laid side by side:
+    [n, n_layers * d]; by default the last one, MiniLM's published sentence vector [n, d]. The model is loaded
+    at the first text that is not in the cache. Raises InputError for a folder or layer that is not there.
     """
 
     def __init__(
-        self, model_dir: str | Path | None = None, *, device: str = "cpu", batch_size: int = 64
+        self,
+        model_dir: str | Path | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        device: str = "cpu",
+        batch_size: int = 64,
     ) -> None:
         self.model_dir = Path(model_dir) if model_dir is not None else packaged_minilm()
         if not (self.model_dir / "config.json").is_file() or not self._weight_files():
             raise InputError(
                 f"{self.model_dir} is not the folder of a Hugging Face encoder with safetensors weights"
             )
+        depth = json.loads((self.model_dir / "config.json").read_text("utf-8")).get("num_hidden_layers", 0)
+        self.layers = (depth,) if layers is None else tuple(layers)
+        if not self.layers or not all(0 <= layer <= depth for layer in self.layers):
+            raise InputError(
+                f"{self.model_dir} has layers 0 to {depth}, not {list(self.layers)}; choose from those"
+            )
         self.device, self.batch_size = device, batch_size
 
     def encode(self, texts: Sequence[str], *, cache: bool = False) -> NDArray[np.float32]:
-        """Vectors [n, d] of the texts, each distinct text computed once; `cache` keeps them on disk."""
+        """Vectors of n texts, one row each, every distinct text computed once; `cache` keeps them on disk."""
         texts = list(texts)
         if not cache:
             return self._compute(texts)
@@ -80,7 +93,8 @@ class SentenceEncoder:
         distinct = list(dict.fromkeys(texts))
         place = {text: i for i, text in enumerate(distinct)}
         tokenizer, model = self._loaded
-        rows: NDArray[np.float32] = np.empty((len(distinct), model.config.hidden_size), dtype=np.float32)
+        width = model.config.hidden_size * len(self.layers)
+        rows: NDArray[np.float32] = np.empty((len(distinct), width), dtype=np.float32)
         for chunk in batches_by_length(distinct, self.batch_size, "Embedding texts"):
             batch = tokenizer(
                 [distinct[i] for i in chunk],
@@ -90,10 +104,11 @@ class SentenceEncoder:
                 return_tensors="pt",
             ).to(self.device)
             with torch.inference_mode():
-                states = model(**batch).last_hidden_state
-                mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
-                means = (states * mask).sum(1) / mask.sum(1)
-                rows[chunk] = torch.nn.functional.normalize(means, dim=-1).float().cpu().numpy()
+                states = model(**batch, output_hidden_states=True).hidden_states
+                mask = batch["attention_mask"].unsqueeze(-1).to(states[0].dtype)
+                means = [(states[layer] * mask).sum(1) / mask.sum(1) for layer in self.layers]
+                units = [torch.nn.functional.normalize(mean, dim=-1) for mean in means]
+                rows[chunk] = torch.cat(units, dim=-1).float().cpu().numpy()
         return rows[[place[text] for text in texts]]
 
     @cached_property
@@ -102,14 +117,18 @@ class SentenceEncoder:
 
         folder = str(self.model_dir)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        model: Any = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        if blocks := getattr(getattr(model, "encoder", None), "layer", None):
+            del blocks[max(self.layers) :]  # nobody reads what they would compute
         return tokenizer, model.eval().to(self.device)
 
     @cached_property
     def fingerprint(self) -> str:
         """Says which model this is: its folder's config, and path, size and time of its weight files."""
         weights = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self._weight_files()]
-        return hash_texts([(self.model_dir / "config.json").read_text("utf-8")], MAX_TOKENS, weights)
+        return hash_texts(
+            [(self.model_dir / "config.json").read_text("utf-8")], MAX_TOKENS, self.layers, weights
+        )
 
     def _weight_files(self) -> list[Path]:
         return sorted(self.model_dir.glob("*.safetensors"))

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from emocircuits.data.emotions import EKMAN6, NEUTRAL
 from emocircuits.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from emocircuits.evaluation.judges import Judge
 
-JUDGE_LABELS = ("anger", "sadness", "happiness", "fear", "surprise", "disgust", "neutral")
+JUDGE_LABELS = (*EKMAN6, NEUTRAL)
 """The forced choice, in the order of every judge's columns."""
 
 EMOTION_FORMS: dict[str, str] = {

@@ -54,9 +54,7 @@ class LikelihoodJudge:
 
     def probabilities(self, texts: Sequence[str]) -> Probabilities:
         """Calibrated probabilities [n, n_labels] of the texts."""
-        scores = self.log_likelihoods(texts) - self._prior
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        return weights / weights.sum(axis=1, keepdims=True)
+        return softmax(self.log_likelihoods(texts) - self._prior)
 
     def log_likelihoods(self, texts: Sequence[str]) -> Probabilities:
         """Uncalibrated log p(label | text) [n, n_labels] in nats. Raises InputError if not finite."""
@@ -81,6 +79,13 @@ class LikelihoodJudge:
         shared = sum((logs[:, step, token] for step, token in enumerate(prefix)), torch.zeros(len(rows)))
         last = logs[:, -1, [ids[-1] for _, ids in members]]
         return (shared[:, None] + last).double().numpy()
+
+
+def softmax(scores: NDArray[np.floating]) -> Probabilities:
+    """Rows [n, k] of scores as probabilities, in float64."""
+    scores = np.asarray(scores, dtype=np.float64)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _label_ids(tokenizer: Any, template: str, label: str) -> Tokens:

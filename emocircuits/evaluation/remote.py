@@ -58,7 +58,7 @@ class OpenAIJudge:
             raise InputError(f"base_url {base_url!r} must start with http:// or https://")
         self.labels, self.name = tuple(labels), f"openai:{model}"
         self._url, self._model, self._api_key = base_url.rstrip("/") + "/chat/completions", model, api_key
-        self._seed, self._concurrency, self._retries = seed, concurrency, retries
+        self._seed, self._concurrency, self._retries = seed, max(concurrency, 1), max(retries, 0)
         self._backoff_s, self._timeout_s, self._sleep = backoff_s, timeout_s, sleep
         self._lock = threading.Lock()
         self._asked = self._unparseable = 0
@@ -106,6 +106,7 @@ class OpenAIJudge:
         if self._api_key:
             headers["Authorization"] = f"Bearer {self._api_key}"
         request = urllib.request.Request(self._url, json.dumps(body).encode(), headers, method="POST")
+        problem = "never asked"
         for attempt in range(self._retries + 1):
             try:
                 with urllib.request.urlopen(request, timeout=self._timeout_s) as answer:
