@@ -1,0 +1,76 @@
+"""What a run folder holds, as plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emocircuits.artefact import read_jsonl
+from emocircuits.data.emotions import EKMAN6
+from emocircuits.errors import InputError
+
+Data = Mapping[str, Any]
+_STAGES = ("quality", "embedding", "tuning", "evaluation", "dose")
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The files of a run folder as plain data; a stage that has not run is None."""
+
+    path: Path
+    manifest: Data
+    quality: Data | None
+    embedding: Data | None
+    tuning: Data | None
+    evaluation: Data | None
+    dose: Data | None
+    texts: list[dict[str, Any]] | None
+
+    @property
+    def model(self) -> str:
+        """The model's name as the settings hold it."""
+        found = (self.manifest.get("settings") or {}).get("model")
+        name = found.get("id") or found.get("name") if isinstance(found, Mapping) else found
+        return str(name) if name else "this model"
+
+    @property
+    def emotions(self) -> list[str]:
+        """The run's emotions, from whichever stage has run."""
+        if self.quality:
+            return list(self.quality["emotions"])
+        for scores in ((self.evaluation or {}).get("methods") or {}).values():
+            if scores.get("by_emotion"):
+                return list(scores["by_emotion"])
+        found = dict.fromkeys(row["emotion"] for row in self.texts or [] if row.get("emotion"))
+        return list(found) or list(EKMAN6)
+
+    @property
+    def methods(self) -> Data:
+        """evaluation.json's methods, empty before that stage."""
+        return (self.evaluation or {}).get("methods") or {}
+
+
+def read_run(run_path: str | Path) -> RunData:
+    """Read what a run folder holds. Raises InputError for a folder that is no run, or a damaged file."""
+    path = Path(run_path).expanduser()
+    manifest = _read_json(path / "manifest.json")
+    if manifest is None:
+        raise InputError(f"{path} is not a run folder (no manifest.json); check the path")
+    stages = {name: _read_json(path / f"{name}.json") for name in _STAGES}
+    texts = path / "texts.jsonl"
+    return RunData(path, manifest, **stages, texts=read_jsonl(texts) if texts.is_file() else None)
+
+
+def _read_json(path: Path) -> Data | None:
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and run the stage again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} should hold a JSON object; delete it and run the stage again")
+    return found

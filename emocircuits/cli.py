@@ -1,0 +1,255 @@
+"""The command line: one verb per stage. Heavy imports happen inside the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .errors import EmocircuitsError, InputError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser of ``emocircuits``."""
+    top = argparse.ArgumentParser(
+        prog="emocircuits",
+        description="Find, steer and understand emotion in language models.",
+        epilog="example: emocircuits demo --out runs/demo",
+    )
+    verbs = top.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    _demo_parser(verbs)
+    _models_parser(verbs)
+    _directions_parser(verbs)
+    _steer_parser(verbs)
+    _evaluate_parser(verbs)
+    return top
+
+
+def _verb(verbs: argparse._SubParsersAction, name: str, what: str, example: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(name, help=what, description=what, epilog=f"example: {example}")
+
+
+def _demo_parser(verbs: argparse._SubParsersAction) -> None:
+    demo = _verb(
+        verbs, "demo", "find directions, steer and score, and write a report", "emocircuits demo --out runs/demo"
+    )
+    demo.add_argument("--model", default="demo", help="hub id, folder, GGUF file or 'demo' (Gemma-3-270M)")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder; an interrupted run resumes")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--small", action="store_true", help="a few scenarios only: a quick look, not a result")
+    demo.set_defaults(run=run_demo)
+
+
+def _models_parser(verbs: argparse._SubParsersAction) -> None:
+    models = _verb(verbs, "models", "look at models", "emocircuits models inspect demo")
+    actions = models.add_subparsers(dest="action", metavar="ACTION", required=True)
+    inspect = _verb(actions, "inspect", "print a model's anatomy", "emocircuits models inspect demo")
+    inspect.add_argument("model", help="hub id, folder, GGUF file or 'demo'")
+    inspect.set_defaults(run=run_inspect)
+
+
+def _directions_parser(verbs: argparse._SubParsersAction) -> None:
+    made = _verb(
+        verbs,
+        "directions",
+        "fit emotion directions and save them",
+        "emocircuits directions --model demo --output directions.safetensors",
+    )
+    made.add_argument("--model", default="demo")
+    made.add_argument("--texts", type=Path, help="CSV, TSV or JSONL with columns text and label (default: our replies)")
+    made.add_argument("--emotions", help="comma-separated labels (default: Ekman's six, or all labels of --texts)")
+    made.add_argument("--site", default="resid_post")
+    made.add_argument("--method", default="diff_means", help="diff_means, lda or logistic")
+    made.add_argument("--output", type=Path, default=Path("directions.safetensors"))
+    made.add_argument("--seed", type=int, default=0)
+    made.set_defaults(run=run_directions)
+
+
+def _steer_parser(verbs: argparse._SubParsersAction) -> None:
+    steer = _verb(
+        verbs,
+        "steer",
+        "generate with an emotion from a file of prompts",
+        "emocircuits steer --model demo --directions directions.safetensors --emotion anger --strength 0.02"
+        " --layers 4-13 --input prompts.jsonl --output out.jsonl",
+    )
+    steer.add_argument("--model", default="demo")
+    steer.add_argument("--directions", type=Path, required=True)
+    steer.add_argument("--emotion", required=True)
+    steer.add_argument("--strength", type=float, default=0.02, help="share of the residual norm added at each layer")
+    steer.add_argument("--layers", help="such as 4-13 or 6,8,10 (default: the middle half of the model)")
+    steer.add_argument("--positions", default="all", help="all, prompt, generated or last")
+    steer.add_argument("--input", type=Path, required=True, help="JSONL rows with 'prompt'; other keys are kept")
+    steer.add_argument("--output", type=Path, required=True, help="the same rows plus 'text'")
+    steer.add_argument("--max-new-tokens", type=int, default=40)
+    steer.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    steer.add_argument("--batch-size", type=int, default=16)
+    steer.add_argument("--seed", type=int, default=0)
+    steer.set_defaults(run=run_steer)
+
+
+def _evaluate_parser(verbs: argparse._SubParsersAction) -> None:
+    evaluate = _verb(
+        verbs,
+        "evaluate",
+        "judge a file of texts",
+        "emocircuits evaluate --input out.jsonl --emotion anger --output scores.json",
+    )
+    evaluate.add_argument("--input", type=Path, required=True, help="JSONL rows with 'text' (and 'prompt' for perplexity)")
+    evaluate.add_argument("--emotion", help="the target of every row (default: each row's own 'emotion')")
+    evaluate.add_argument("--model", default="demo", help="the unsteered model, for perplexity")
+    evaluate.add_argument("--output", type=Path, help="where to write the scores as JSON (default: print)")
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.set_defaults(run=run_evaluate)
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """`emocircuits demo`"""
+    from .demo import Demo, Plan
+
+    plan = Plan.small(args.model) if args.small else Plan(args.model, seed=args.seed)
+    report = Demo(args.out, plan).execute()
+    _say(f"report: {report}")
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    """`emocircuits models inspect`"""
+    from .models.anatomy import resolve
+    from .models.load import load
+
+    loaded = load(args.model)
+    anatomy = resolve(loaded.model)
+    error = anatomy.validate(loaded.model)
+    _say(f"{loaded.name}: {anatomy.family}, {anatomy.structure} blocks (checked: relative error {error:.1g})")
+    for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "vocab_size"):
+        _say(f"  {name:<11} {getattr(anatomy, name)}")
+    _say(f"  sites of layer 0 (decoder at {anatomy.decoder!r}):")
+    for site in anatomy.sites():
+        point = anatomy.points.get((site, 0))
+        where = f"{point.io} of {point.module}" if point else "attention interface"
+        _say(f"    {site:<11} {where}")
+    for site, reason in anatomy.missing.items():
+        _say(f"    {site:<11} not defined: {reason}")
+
+
+def run_directions(args: argparse.Namespace) -> None:
+    """`emocircuits directions`"""
+    from .data.emotions import label_set
+    from .data.scenarios import discovery
+    from .demo import bars
+    from .directions import fit
+    from .examples import reply_examples
+    from .models.fingerprint import fingerprint
+    from .models.load import load
+    from .reading import Example, read, residual_norms
+
+    _writable(args.output)
+    emotions = label_set(args.emotions.split(",")) if args.emotions else label_set("ekman6")
+    if args.texts:
+        from .data.loaders import load_texts
+
+        texts = load_texts(args.texts)
+        emotions = emotions if args.emotions else tuple(dict.fromkeys(str(t.label) for t in texts))
+        examples = [
+            Example(prompt="", label=str(t.label), group="all", response=t.text, cluster=str(i)) for i, t in enumerate(texts)
+        ]
+    else:
+        examples = reply_examples(discovery(), emotions)
+    model, tokenizer = load(args.model)
+    with bars() as progress:
+        features = read(model, tokenizer, examples, site=args.site, progress=progress)
+    norms = residual_norms(model, tokenizer, [e.prompt + e.response for e in examples[:64]], args.site)
+    made = fit(features, emotions, norms=norms, method=args.method, fingerprint=fingerprint(model), seed=args.seed)
+    _say(f"directions of {', '.join(emotions)}: {made.save(args.output)}")
+
+
+def run_steer(args: argparse.Namespace) -> None:
+    """`emocircuits steer`"""
+    from .artefact import write_jsonl_atomic
+    from .data.loaders import load_prompts
+    from .demo import bars
+    from .directions import DirectionSet
+    from .generation import Decoding, generate
+    from .models.load import load
+
+    rows = load_prompts(args.input)
+    _writable(args.output)
+    directions = DirectionSet.load(args.directions)
+    layers = parse_layers(args.layers) if args.layers else _middle(directions.layers)
+    steerer = directions.steerer(args.emotion, args.strength, layers, args.positions)
+    model, tokenizer = load(args.model)
+    steerer.check(model)
+    decoding = Decoding(args.max_new_tokens, min(4, args.max_new_tokens), args.temperature)
+    with bars() as progress:
+        texts = generate(
+            model, tokenizer, [r["prompt"] for r in rows], steerer, decoding=decoding, batch_size=args.batch_size,
+            seed=args.seed, progress=progress, title=args.emotion,
+        )  # fmt: skip
+    write_jsonl_atomic(args.output, [{**row, "text": text} for row, text in zip(rows, texts)])
+    _say(f"{len(rows)} texts: {args.output}")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    """`emocircuits evaluate`"""
+    from .evaluate import evaluate_file
+
+    result = evaluate_file(args.input, args.emotion, args.model, args.seed)
+    if args.output:
+        from .artefact import write_json_atomic
+
+        write_json_atomic(args.output, result)
+        _say(f"scores: {args.output}")
+    else:
+        import json
+
+        _say(json.dumps(result, indent=2))
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layers of "4-13" or "6,8,10"; raises InputError for anything else."""
+    try:
+        parts = [p.split("-") for p in text.split(",")]
+        return [n for p in parts for n in range(int(p[0]), int(p[-1]) + 1)]
+    except ValueError as error:
+        raise InputError(f"cannot read layers {text!r}; write them like 4-13 or 6,8,10") from error
+
+
+def _middle(layers: Sequence[int]) -> list[int]:
+    return list(layers[round(0.2 * len(layers)) : max(1, round(0.75 * len(layers)))])
+
+
+def _writable(path: Path) -> None:
+    """Refuse an output that cannot be written before any work is done."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file")
+    if not path.parent.exists():
+        raise InputError(f"the folder {path.parent} does not exist; make it first")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: 0 on success, 2 for bad input (one sentence on stderr), 130 for Ctrl-C."""
+    args = parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], None] = args.run
+    try:
+        command(args)
+    except EmocircuitsError as error:
+        sys.stderr.write(f"emocircuits: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("emocircuits: interrupted; what was finished is kept, run the same command to go on\n")
+        return 130
+    except OSError as error:
+        if error.errno is None or error.filename is None and error.errno != 28:
+            raise
+        sys.stderr.write(f"emocircuits: {error.strerror}: {error.filename or 'while writing'}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

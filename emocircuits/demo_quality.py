@@ -1,0 +1,192 @@
+"""What a run measures about its directions, its texts and its judge."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import quality
+from .directions import DirectionSet, fit
+from .evaluation import scoring
+from .evaluation.statistics import clustered_bootstrap
+from .reading import Features
+
+if TYPE_CHECKING:
+    from .demo import Demo
+
+
+def measure(demo: Demo) -> dict[str, Any]:
+    """The content of quality.json: two direction sets, each with its tests, null and reliability."""
+    emotions, seed = demo.plan.emotions, demo.plan.seed
+    replies, prompts = demo.directions("response_mean"), demo.directions("last_prompt")
+    tests = {
+        "replies": ("held-out themes, replies", "unseen scenarios of unseen themes; replies never name the emotion"),
+        "prompts": ("held-out themes, prompts", "unseen scenarios of unseen themes; wordings seen in training"),
+        "nounfree": ("held-out themes, noun-free wording", "a wording without any emotion word, never seen in training"),
+    }
+    data = {"replies": demo.replies(True), "prompts": demo.prompts("heldout"), "nounfree": demo.prompts("nounfree")}
+    sets = [
+        _one_set(demo, "response_mean", replies, demo.replies(False), "replies", data, tests),
+        _one_set(demo, "last_prompt", prompts, demo.prompts("train"), "prompts", data, tests),
+    ]
+    agreement = quality.cosines(replies, prompts)
+    _pca_file(demo, replies, sets[0]["best_layer"])
+    return {
+        "emotions": list(emotions),
+        "layers": list(replies.layers),
+        "sets": sets,
+        "alternatives": [
+            _alternative(demo.replies(False), data["replies"], emotions, method, seed) for method in ("lda", "logistic")
+        ],
+        "confounds": _confounds(sets, agreement),
+        "cosines": {"response_mean vs last_prompt": agreement.tolist()},
+        "geometry": {
+            "layer": sets[0]["best_layer"],
+            "cosines": quality.geometry(replies, sets[0]["best_layer"]).tolist(),
+        },
+    }
+
+
+def _one_set(
+    demo: Demo, name: str, made: DirectionSet, train: Features, own: str, data: dict[str, Features], tests: dict
+) -> dict[str, Any]:
+    emotions, seed = demo.plan.emotions, demo.plan.seed
+    across = quality.across_themes(train, emotions, seed=seed)
+    null = quality.shuffled_null(train, data[own], emotions, n=10, seed=seed)
+    order = [own, *(k for k in data if k != own)]
+    rows = [{"name": tests[k][0], "what": tests[k][1], "rows": quality.held_out(made, data[k], seed=seed)} for k in order]
+    alone = quality.held_out(made, data[own], centred=False, seed=seed)
+    rows.append({"name": f"{tests[own][0]}, standing alone", "what": "no other emotion of the same scenario is known", "rows": alone})
+    return {
+        "name": name,
+        "trained_on": f"{len(set(train.clusters))} scenarios of {len(set(train.themes))} themes",
+        "method": made.method,
+        "best_layer": made.layers[int(np.argmax(across))],
+        "across_themes": across.tolist(),
+        "null": {k: v.tolist() for k, v in null.items()},
+        "split_half": quality.split_half(train, emotions, seed=seed).tolist(),
+        "tests": rows,
+    }
+
+
+def _alternative(train: Features, test: Features, emotions: tuple[str, ...], method: str, seed: int) -> dict[str, Any]:
+    rows = quality.held_out(fit(train, emotions, method=method, seed=seed), test, seed=seed)
+    return {
+        "method": method,
+        "set": "response_mean",
+        "accuracy": [r["accuracy"] for r in rows],
+        "auroc": [r["auroc"] for r in rows],
+    }
+
+
+def _confounds(sets: list[dict[str, Any]], agreement: np.ndarray) -> list[dict[str, Any]]:
+    def at_best(index: int, test: str) -> float:
+        chosen = sets[index]
+        rows = next(t for t in chosen["tests"] if t["name"] == test)["rows"]
+        return next(r["accuracy"] for r in rows if r["layer"] == chosen["best_layer"])
+
+    layer = sets[0]["best_layer"]
+    return [
+        {
+            "name": "emotion noun",
+            "what": "accuracy of prompt directions on a wording without emotion words, less that on seen wordings",
+            "value": at_best(1, "held-out themes, noun-free wording") - at_best(1, "held-out themes, prompts"),
+            "note": "a large loss means that the word for the emotion was learnt; reply directions avoid it",
+        },
+        {
+            "name": "opening token",
+            "what": "accuracy of prompt directions (read one step before the reply) on whole replies",
+            "value": at_best(1, "held-out themes, replies"),
+            "note": "low transfer means that the next opener was learnt; reply directions read the whole reply",
+        },
+        {
+            "name": "agreement",
+            "what": f"mean cosine of reply and prompt directions at layer {layer}",
+            "value": float(agreement[:, layer].mean()) if layer < agreement.shape[1] else None,
+            "note": "1 would mean that both ways of reading find the same direction",
+        },
+    ]
+
+
+def _pca_file(demo: Demo, directions: DirectionSet, layer: int) -> None:
+    """embedding.json: group-centred replies of training and held-out themes in the training readings' own plane."""
+    from . import artefact
+
+    slot = directions.layers.index(layer)
+    train, test = (f.complete(demo.plan.emotions) for f in (demo.replies(False), demo.replies(True)))
+    a, b = (quality_centre(f)[:, slot].numpy() for f in (train, test))
+    _, spread, axes = np.linalg.svd(a - a.mean(0), full_matrices=False)
+    points = []
+    for features, x, held in ((train, a, False), (test, b, True)):
+        for (u, v), emotion, theme in zip(((x - a.mean(0)) @ axes[:2].T).tolist(), features.labels, features.themes):
+            points.append({"x": u, "y": v, "emotion": emotion, "theme": theme, "held_out": held})
+    share = (spread**2 / (spread**2).sum())[:2].tolist()
+    value = {"layer": layer, "variance": share, "points": points, "umap": None}
+    artefact.write_json_atomic(demo.run.file("embedding.json"), value)
+
+
+def quality_centre(features: Features) -> Any:
+    """Group-centred readings (see directions.centre)."""
+    from .directions import centre
+
+    return centre(features)
+
+
+def evaluate(demo: Demo) -> dict[str, Any]:
+    """The content of evaluation.json."""
+    from .evaluation.embeddings import SentenceEncoder
+
+    rows, seed = demo.texts(), demo.plan.seed
+    by_method = {m: [r for r in rows if r["method"] == m] for m in ("unsteered", "steered", "prompted", "random")}
+    unsteered = {r["skeleton_id"]: r["text"] for r in by_method["unsteered"]}
+    embed, labels = SentenceEncoder().encode, list(demo.judge.labels)
+    steered = by_method["steered"]
+    # An unsteered text is scored once per emotion: how often it would pass as that emotion by itself.
+    as_target = [
+        {**r, "emotion": e, "expressed": r["predicted"] == e, "named": False,
+         "coherent": r["predicted"] == e and not r["degenerate"]}
+        for e in demo.plan.emotions for r in by_method["unsteered"]
+    ]  # fmt: skip
+    scored = {"unsteered": as_target, **{m: by_method[m] for m in ("prompted", "random", "steered")}}
+    return {
+        "methods": {
+            m: scoring.summarise(r, demo.plan.emotions, labels, unsteered, embed, seed) for m, r in scored.items()
+        },
+        "comparisons": [
+            scoring.compare(steered, scored[other], "coherent", ("steered", other), seed)
+            for other in ("unsteered", "prompted", "random")
+        ],
+        "kl_on_neutral": demo.kl(),
+        "thresholds": demo.run.json_stage("thresholds", dict),
+        "judge": _judge_card(demo),
+        "unsteered_labels": dict(Counter(r["predicted"] for r in by_method["unsteered"])),
+    }
+
+
+def _judge_card(demo: Demo) -> dict[str, Any]:
+    """How far the judge can be trusted: on its own corpus, and on held-out replies whose emotion is known."""
+    pairs = [
+        (group.skeleton_id, emotion, text)
+        for group, replies in demo.heldout.reply_groups()
+        for emotion, text in replies.items()
+    ]
+    truth, texts = np.asarray([p[1] for p in pairs]), [p[2] for p in pairs]
+    names = np.asarray(demo.judge.labels)
+    correct = (names[demo.judge.probabilities(texts).argmax(1)] == truth).astype(float)
+    plain = [re.sub(r"[^\w\s']", " ", t) for t in texts]
+    without = (names[demo.judge.probabilities(plain).argmax(1)] == truth).mean()
+    report = demo.judge.report()
+    return {
+        "name": demo.judge.name,
+        "cv_accuracy": float(report.accuracy),
+        "recall": {k: float(v) for k, v in dict(report.summary()["recall"]).items()},
+        "held_out_replies": {
+            "accuracy": scoring.as_json(clustered_bootstrap(correct, np.asarray([p[0] for p in pairs]), seed=demo.plan.seed)),
+            "recall": {str(e): float(correct[truth == e].mean()) for e in names},
+            "accuracy_without_punctuation": float(without),
+        },
+        "second": None,
+    }

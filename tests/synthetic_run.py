@@ -1,0 +1,209 @@
+"""A synthetic run folder: every number comes from a seeded generator, so nothing in it is a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emocircuits.artefact import write_json_atomic, write_jsonl_atomic
+from emocircuits.data.emotions import EKMAN6
+
+RATES = {"unsteered": 0.10, "prompted": 0.42, "random": 0.09, "steered": 0.80}
+FILES = ("quality", "embedding", "tuning", "evaluation", "dose")
+
+
+def write_run(
+    path: Path, *, emotions: tuple[str, ...] = EKMAN6, layers: int = 18, scenarios: int = 12, seed: int = 0
+) -> Path:
+    """Write a whole run folder of synthetic values; returns `path`."""
+    rng = np.random.default_rng(seed)
+    stages = {
+        name: {"files": [f"{name}.json"], "sha256": "0" * 64, "seconds": float(rng.uniform(5, 90))} for name in FILES
+    }
+    settings = {"model": "synthetic/model-0", "seed": seed, "tokens": 60, "emotions": list(emotions)}
+    manifest = {"kind": "run", "package_version": "0.0", "python": "3.11", "versions": {"torch": "0"}}
+    write_json_atomic(path / "manifest.json", {**manifest, "settings": settings, "stages": stages})
+    write_json_atomic(path / "quality.json", quality(rng, emotions, layers))
+    write_json_atomic(path / "embedding.json", embedding(rng, emotions))
+    write_json_atomic(path / "tuning.json", tuning(rng, emotions))
+    write_json_atomic(path / "dose.json", dose(rng, emotions))
+    write_json_atomic(path / "evaluation.json", evaluation(rng, emotions))
+    write_jsonl_atomic(path / "texts.jsonl", texts(rng, emotions, scenarios))
+    return path
+
+
+def interval(estimate: float, half: float = 0.05, n: int = 240) -> dict[str, Any]:
+    """An interval around an estimate, kept inside [-1, 1]."""
+    low, high = max(estimate - half, -1.0), min(estimate + half, 1.0)
+    return {"estimate": estimate, "low": low, "high": high, "n": n, "n_clusters": n // 6, "confidence": 0.95}
+
+
+def quality(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) -> dict[str, Any]:
+    n, at = len(emotions), np.arange(layers)
+    chance = 1 / n
+
+    def curve(top: float) -> list[float]:
+        rise = 1 / (1 + np.exp(-(at - layers / 4)))
+        return np.clip(chance + (top - chance) * rise + rng.normal(0, 0.01, layers), 0, 1).tolist()
+
+    def rows(top: float) -> list[dict[str, Any]]:
+        return [
+            {"layer": i, "accuracy": a, "low": max(a - 0.05, 0), "high": min(a + 0.05, 1), "auroc": min(0.5 + a / 2, 1)}
+            | {"recall": {e: float(np.clip(a + rng.normal(0, 0.05), 0, 1)) for e in emotions}}
+            for i, a in enumerate(curve(top))
+        ]
+
+    def one(name: str, top: float) -> dict[str, Any]:
+        return {
+            "name": name,
+            "trained_on": "replies in each emotion" if name == "response_mean" else "prompts that ask for it",
+            "method": "diff_means",
+            "best_layer": layers * 2 // 3,
+            "across_themes": curve(top - 0.02),
+            "null": {"mean": [chance] * layers, "high": [chance + 0.08] * layers},
+            "split_half": (0.9 * np.ones((n, layers)) + rng.normal(0, 0.04, (n, layers))).clip(-1, 1).tolist(),
+            "tests": [
+                {"name": "held-out themes", "what": "replies on themes never used", "rows": rows(top)},
+                {"name": "other template", "what": "the same scenarios in other words", "rows": rows(top - 0.1)},
+            ],
+        }
+
+    cosines = rng.uniform(-0.5, 0.4, (n, n))
+    cosines = (cosines + cosines.T) / 2
+    np.fill_diagonal(cosines, 1.0)
+    return {
+        "emotions": list(emotions),
+        "layers": at.tolist(),
+        "sets": [one("response_mean", 0.93), one("last_prompt", 0.97)],
+        "alternatives": [
+            {"method": m, "set": "response_mean", "accuracy": curve(0.94), "auroc": curve(0.98)}
+            for m in ("lda", "logistic")
+        ],
+        "confounds": [
+            {"name": "noun wording", "what": "cosine to a noun-based direction", "value": 0.21, "note": "low is good"},
+            {"name": "opener token", "what": "accuracy without the first token", "value": 0.90, "note": "little lost"},
+            {"name": "punctuation", "what": "accuracy without ! and ?", "value": None, "note": "too few texts remain"},
+        ],
+        "cosines": {"response_mean vs last_prompt": rng.uniform(0, 0.7, (n, layers)).tolist()},
+        "geometry": {"layer": layers * 2 // 3, "cosines": cosines.tolist()},
+    }
+
+
+def embedding(rng: np.random.Generator, emotions: tuple[str, ...]) -> dict[str, Any]:
+    points = [
+        {"x": float(x), "y": float(y), "emotion": e, "theme": "Work", "held_out": i % 4 == 0}
+        for k, e in enumerate(emotions)
+        for i, (x, y) in enumerate(rng.normal((3 * np.cos(k), 3 * np.sin(k)), 0.9, (40, 2)))
+    ]
+    umap = [{"x": p["y"] * 2, "y": p["x"] * 2} for p in points]
+    return {"layer": 12, "variance": [0.31, 0.17], "points": points, "umap": umap}
+
+
+def tuning(rng: np.random.Generator, emotions: tuple[str, ...]) -> dict[str, Any]:
+    candidates = []
+    for emotion in emotions:
+        for layers in ([6, 7, 8], [9, 10, 11, 12], [12]):
+            for strength in (0.05, 0.1, 0.2, 0.4):
+                rate = float(np.clip(strength * 4 * rng.uniform(0.6, 1.1), 0, 0.95))
+                broken = float(np.clip((strength - 0.2) * 3, 0, 1))
+                row = {"emotion": emotion, "layers": layers, "strength": strength, "expression": rate, "n": 24}
+                row |= {"coherent": rate * (1 - broken), "named": 0.05, "degenerate": broken}
+                candidates.append(row | {"perplexity": float(9 * np.exp(2.5 * strength) * rng.uniform(0.9, 1.1))})
+    chosen = {}
+    for emotion in emotions:
+        best = max((c for c in candidates if c["emotion"] == emotion), key=lambda c: c["coherent"])
+        chosen[emotion] = {key: best[key] for key in ("layers", "strength", "coherent")}
+    return {"candidates": candidates, "chosen": chosen, "n_scenarios": 24}
+
+
+def dose(rng: np.random.Generator, emotions: tuple[str, ...]) -> dict[str, Any]:
+    rows = []
+    for emotion in emotions:
+        for relative in (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0):
+            rate = float(np.clip(0.1 + 0.65 * relative * rng.uniform(0.8, 1.1), 0.01, 0.95))
+            broken = float(np.clip(abs(relative) - 1.1, 0, 1))
+            row = {"emotion": emotion, "strength": 0.2 * relative, "relative": relative, "expression": rate, "n": 24}
+            row |= {"coherent": rate * (1 - broken), "named": 0.04, "degenerate": broken}
+            rows.append(row | {"perplexity": float(9 * np.exp(0.5 * abs(relative)) * rng.uniform(0.95, 1.05))})
+    return {"rows": rows}
+
+
+def evaluation(rng: np.random.Generator, emotions: tuple[str, ...]) -> dict[str, Any]:
+    labels = [*emotions, "neutral"]
+    return {
+        "methods": {name: _method(rng, rate, emotions, labels) for name, rate in RATES.items()},
+        "comparisons": [
+            {"a": "steered", "b": other, "difference": interval(RATES["steered"] - RATES[other]), "p": p}
+            for other, p in (("prompted", 0.0001), ("random", 0.0001), ("unsteered", 0.0002))
+        ],
+        "kl_on_neutral": {e: float(rng.uniform(0.1, 0.6)) for e in emotions},
+        "thresholds": {"min_words": 8, "max_repetition": 0.35, "perplexity_limit": None},
+        "judge": {
+            "name": "embedding",
+            "cv_accuracy": 0.88,
+            "recall": {e: float(rng.uniform(0.75, 0.95)) for e in labels},
+            "held_out_replies": {
+                "accuracy": interval(0.84, 0.03),
+                "recall": {e: float(rng.uniform(0.65, 0.95)) for e in emotions},
+                "accuracy_without_punctuation": 0.79,
+            },
+            "second": {"name": "likelihood", "agreement": 0.71, "coherent": interval(0.66)},
+        },
+        "unsteered_labels": dict(zip(labels, rng.multinomial(40, np.ones(len(labels)) / len(labels)).tolist())),
+    }
+
+
+def _method(rng: np.random.Generator, rate: float, emotions: tuple[str, ...], labels: list[str]) -> dict[str, Any]:
+    per = {e: float(np.clip(rate + rng.normal(0, 0.12), 0.02, 0.98)) for e in emotions}
+    shares = [[per[e] if e == c else (1 - per[e]) / len(emotions) for c in labels] for e in emotions]
+    return {
+        "coherent": interval(rate),
+        "expression": interval(min(rate + 0.04, 1.0)),
+        "named": interval(0.05, 0.02),
+        "degenerate": interval(0.03, 0.02),
+        "perplexity": {"median": 8 + 5 * rate, "q25": 6 + 4 * rate, "q75": 11 + 7 * rate},
+        "distinct_2": 0.91,
+        "opener_concentration": 0.12,
+        "repetition": 0.04,
+        "length_words": 41.0,
+        "similarity_to_unsteered": None if rate == RATES["unsteered"] else 0.48,
+        "by_emotion": {
+            e: {
+                "coherent": interval(per[e], 0.13, 40),
+                "expression": interval(min(per[e] + 0.03, 1), 0.13, 40),
+                "named": 0.05,
+                "degenerate": 0.02,
+                "perplexity": 8 + 5 * rate,
+            }
+            for e in emotions
+        },
+        "confusion": {
+            "rows": list(emotions),
+            "columns": labels,
+            "counts": [rng.multinomial(40, np.array(row) / sum(row)).tolist() for row in shares],
+        },
+    }
+
+
+def texts(rng: np.random.Generator, emotions: tuple[str, ...], scenarios: int) -> list[dict[str, Any]]:
+    words = "paper window kettle morning letter garden road engine winter table river lamp".split()
+    rows = []
+    for i in range(scenarios):
+        theme, valence = ("Work", "Travel", "Family")[i % 3], ("positive", "neutral", "negative")[i // 3 % 3]
+        prompt = f"Synthetic scenario {i}: the " + " ".join(rng.choice(words, 14)) + "."
+        base = {"skeleton_id": f"{theme.lower()}_{i:02d}", "theme": theme, "valence": valence}
+        for method, rate in RATES.items():
+            for emotion in [None] if method == "unsteered" else emotions:
+                named, broken = bool(rng.random() < 0.08), bool(rng.random() < 0.06)
+                expressed = emotion is not None and bool(rng.random() < rate)
+                asked = f"{prompt} Answer with {emotion}." if method == "prompted" else prompt
+                rows.append(
+                    {**base, "method": method, "emotion": emotion, "prompt": asked, "named": named}
+                    | {"text": "Synthetic text: the " + " ".join(rng.choice(words, 36)) + ".", "degenerate": broken}
+                    | {"predicted": emotion if expressed else "neutral", "target_probability": float(rng.random())}
+                    | {"expressed": expressed, "coherent": expressed and not (named or broken)}
+                    | {"reason": "one word repeats" if broken else "", "perplexity": float(rng.uniform(6, 20))}
+                )
+    return rows
