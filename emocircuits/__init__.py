@@ -9,8 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .activations import Ablate, Activations, Add, Apply, Clamp, Edit, Moments, Patch, Project, Scale
-    from .activations import capture, edit, record
+    from .activations import (
+        Ablate,
+        Activations,
+        Add,
+        Apply,
+        Clamp,
+        Edit,
+        Moments,
+        Patch,
+        Project,
+        Scale,
+        capture,
+        edit,
+        record,
+    )
     from .activations.store import ActivationStore
     from .directions import DirectionSet, fit
     from .generation import Decoding, generate
@@ -23,7 +36,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     **dict.fromkeys(
-        ("Ablate", "Activations", "Add", "Apply", "Clamp", "Edit", "Moments", "Patch", "Project", "Scale"), "activations"
+        ("Ablate", "Activations", "Add", "Apply", "Clamp", "Edit", "Moments", "Patch", "Project", "Scale"),
+        "activations",
     ),
     **dict.fromkeys(("capture", "edit", "record"), "activations"),
     "ActivationStore": "activations.store",

@@ -68,6 +68,7 @@ def heat(
     title: str = "",
 ) -> go.Figure:
     fig = figure(x, "", height)
+    text_columns = any(len(str(column)) > 5 for column in columns)
     bar = {"orientation": "h", "thickness": 9, "len": 0.6, "y": 1.03, "yanchor": "bottom", "outlinewidth": 0}
     fig.add_heatmap(
         z=[numbers(row) for row in values],
@@ -84,8 +85,18 @@ def heat(
         showscale=not show_values,
         colorbar={**bar, "title": {"text": title, "side": "top"}},
     )
-    fig.update_xaxes(showgrid=False, **({"type": "category"} if show_values else {"dtick": 2}))
+    fig.update_xaxes(showgrid=False, tickangle=-40 if text_columns else 0)
+    fig.update_xaxes({"type": "category"} if show_values else {"dtick": 2})
     return fig.update_yaxes(showgrid=False, autorange="reversed", type="category")
+
+
+def log_axis(values: Iterable[Any]) -> dict[str, Any]:
+    """Settings of a log axis that fits `values`: round ticks, few when the range is wide."""
+    known = [v for value in values if (v := number(value)) is not None and v > 0]
+    low, high = (min(known), max(known)) if known else (1.0, 10.0)
+    steps = (1, 1.5, 2, 3, 5, 7) if high / low < 12 else (1, 3) if high / low < 1000 else (1,)
+    ticks = [step * 10.0**power for power in range(-3, 13) for step in steps]
+    return {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks]}
 
 
 def note(fig: go.Figure, words: str, **where: Any) -> None:

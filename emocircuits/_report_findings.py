@@ -15,8 +15,9 @@ def header(title: str, data: RunData) -> str:
     facts = [f"emocircuits {data.manifest.get('package_version', 'of unknown version')}"]
     facts += [f"seed {settings['seed']}"] if "seed" in settings else []
     sentences = "".join(f"<p>{sentence}</p>" for sentence in headline(data))
+    heading = esc(title).replace(f"{esc(data.model)}:", f'<span class="model">{esc(data.model)}:</span>', 1)
     return (
-        f'<h1>{esc(title)}</h1><p class="byline">{esc(", ".join(facts))}</p>'
+        f'<h1>{heading}</h1><p class="byline">{esc(", ".join(facts))}</p>'
         f'<div class="headline">{sentences}</div>{_tiles(data)}'
     )
 
@@ -95,7 +96,8 @@ def _said_targets(data: RunData) -> str:
     if not found:
         return ""
     if not missed:
-        return f"All {len(found)} targets that could be checked are met."
+        checked = "" if len(found) == len(targets(data)) else " that could be checked"
+        return f"All {len(found)} targets{checked} are met."
     return f"{len(found) - len(missed)} of {len(found)} targets are met; missed: {'; '.join(missed)}."
 
 
@@ -103,17 +105,13 @@ def _tiles(data: RunData) -> str:
     *_, row = _direction_result(data)
     tiles = []
     if data.quality:
-        tiles.append(
-            ("Accuracy of the directions, held-out themes", interval(sections.as_interval(row), ".2f"))
-        )
+        tiles.append(("Direction accuracy, held-out themes", interval(sections.as_interval(row), ".2f")))
     names = {
         "steered": "Coherent expression, steered",
         "prompted": "Coherent, prompted",
         "random": "Coherent, random",
     }
-    tiles += [
-        (words, interval(data.methods[m].get("coherent"))) for m, words in names.items() if m in data.methods
-    ]
+    tiles += [(words, interval(data.methods[m].get("coherent"))) for m, words in names.items() if m in data.methods]
     steered, base = (data.methods.get(m) or {} for m in ("steered", "unsteered"))
     after, before = (number((m.get("perplexity") or {}).get("median")) for m in (steered, base))
     if after is not None and before:
@@ -141,15 +139,13 @@ def targets(data: RunData) -> list[Target]:
     *_, row = _direction_result(data)
     steered = data.methods.get("steered") or {}
     found = [
-        _target(
-            "accuracy of the directions on held-out themes", ">= 0.90", sections.as_interval(row), 0.90, ".2f"
-        ),
-        _target("coherent expression on average", ">= 75%", steered.get("coherent"), 0.75),
+        _target("accuracy of the directions on held-out themes", "≥ 0.90", sections.as_interval(row), 0.90, ".2f"),
+        _target("coherent expression on average", "≥ 75%", steered.get("coherent"), 0.75),
         _weakest(steered.get("by_emotion") or {}),
     ]
     for other, gap, words in (("prompted", 0.30, "prompting"), ("random", 0.50, "the random direction")):
         row = _difference(data, other)
-        found.append(_target(f"lead over {words}", f">= {gap * 100:.0f} points", row, gap, "points"))
+        found.append(_target(f"lead over {words}", f"≥ {gap * 100:.0f} points", row, gap, "points"))
     return found
 
 
@@ -167,9 +163,9 @@ def _weakest(by_emotion: Data) -> Target:
     known = {e: rate for e, found in rates.items() if (rate := number(found.get("estimate"))) is not None}
     name = "coherent expression of the weakest emotion"
     if not known:
-        return _target(name, "no emotion < 50%", None, 0.5)
+        return _target(name, "≥ 50%", None, 0.5)
     weakest = min(known, key=lambda e: known[e])
-    return _target(f"{name} ({weakest})", "no emotion < 50%", rates[weakest], 0.5)
+    return _target(f"{name} ({weakest})", "≥ 50%", rates[weakest], 0.5)
 
 
 def _difference(data: RunData, other: str) -> Data | None:
@@ -179,9 +175,7 @@ def _difference(data: RunData, other: str) -> Data | None:
         if (row.get("a"), row.get("b")) == ("steered", other):
             return found
         if (row.get("a"), row.get("b")) == (other, "steered"):
-            flip = {
-                k: None if (x := number(found.get(k))) is None else -x for k in ("estimate", "low", "high")
-            }
+            flip = {k: None if (x := number(found.get(k))) is None else -x for k in ("estimate", "low", "high")}
             return {**found, "estimate": flip["estimate"], "low": flip["high"], "high": flip["low"]}
     return None
 
@@ -198,4 +192,9 @@ def targets_table(data: RunData) -> str:
         sure = verdicts.get((True, target.sure), unmet)
         verdict = unknown if target.met is None else sure if target.met else unmet
         rows.append([esc(target.name), esc(target.goal), target.measured, verdict])
-    return table("Fixed in advance, the same for every run.", ["target", "wanted", "measured", "verdict"], rows, wide=False)
+    return table(
+        "Fixed in advance, the same for every run.",
+        ["target", "wanted", "measured", "verdict"],
+        rows,
+        wide=False,
+    )

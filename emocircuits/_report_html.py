@@ -59,18 +59,23 @@ def points(found: Mapping[str, Any] | None) -> str:
 def p_value(value: Any, reason: Any = None) -> str:
     """A p value in the usual short form."""
     found = number(value)
-    return "&lt; 0.001" if found is not None and found < 0.001 else num(value, ".3f", reason)
+    return "&lt;&nbsp;0.001" if found is not None and found < 0.001 else num(value, ".3f", reason)
 
 
 def emotion_label(emotion: object) -> str:
     """An emotion's name with its dot of colour."""
-    return f'<span class="dot" style="background:{emotion_color(str(emotion))}"></span>{esc(emotion)}'
+    color = emotion_color(str(emotion))
+    return f'<span class="emotion"><span class="dot" style="background:{color}"></span>{esc(emotion)}</span>'
 
 
 def table(
     caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, strong: str = "", wide: bool = True
 ) -> str:
-    """A table from HTML cells; the first cell of a row is its header, the row that starts with `strong` stands out."""
+    """A table from HTML cells, with `caption` (HTML) above it.
+
+    The first cell of a row is its header; the row that starts with `strong` stands out. The caption is no
+    caption element, so that it does not scroll sideways with a wide table.
+    """
     columns = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = []
     for first, *rest in rows:
@@ -78,14 +83,16 @@ def table(
         cells = "".join(f"<td>{cell}</td>" for cell in rest)
         body.append(f'<tr{mark}><th scope="row">{first}</th>{cells}</tr>')
     kind = "scroll wide" if wide else "scroll"
+    name = esc(_plain(caption))
     return (
-        f'<div class="{kind}" role="region" tabindex="0" aria-label="{esc(_plain(caption))}"><table>'
-        f"<caption>{caption}</caption><thead><tr>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f'<p class="caption">{caption}</p><div class="{kind}" role="region" tabindex="0" aria-label="{name}">'
+        f'<table aria-label="{name}"><thead><tr>{columns}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
 def facts(values: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """(name, value) pairs of nested plain data as HTML, intervals kept together; names are joined by spaces."""
+    """(name, value) pairs of nested plain data as HTML; intervals stay whole, names are joined by spaces."""
     if isinstance(values, Mapping) and not {"estimate", "low", "high"} <= set(values):
         found = [pair for key, value in values.items() for pair in facts(value, f"{prefix} {key}".strip())]
         return [(name.replace("_", " "), value) for name, value in found]
@@ -123,15 +130,14 @@ class Page:
     data: dict[str, Any] = field(default_factory=dict)
 
     def figure(self, fig: Any, label: str, caption: str = "") -> str:
-        """The HTML of a plotly figure. `label` is plain text (it names the figure to screen readers), `caption`
-        is HTML below it."""
+        """The HTML of a plotly figure; `label` is plain text and names it, `caption` is HTML below it."""
         name = f"figure-{len(self.figures) + 1}"
         self.figures[name] = fig.to_json()
         height = int(fig.layout.height or 360)
         words = f"<strong>{esc(label)}</strong>{'. ' + caption if caption else ''}"
         return (
-            f'<figure><div class="plot" id="{name}" role="img" aria-label="{esc(label)}" style="min-height:{height}px">'
-            f"</div><figcaption>{words}</figcaption></figure>"
+            f'<figure><div class="plot" id="{name}" role="img" aria-label="{esc(label)}" '
+            f'style="min-height:{height}px"></div><figcaption>{words}</figcaption></figure>'
         )
 
     def add(self, anchor: str, title: str, body: str) -> None:
@@ -144,8 +150,8 @@ class Page:
 
         links = "".join(f'<li><a href="#{a}">{esc(title)}</a></li>' for a, title, _ in self.sections)
         body = "".join(
-            f'<section id="{a}" aria-labelledby="{a}-title"><h2 id="{a}-title">{esc(title)}</h2>{html_}</section>'
-            for a, title, html_ in self.sections
+            f'<section id="{a}" aria-labelledby="{a}-title"><h2 id="{a}-title">{esc(title)}</h2>{content}</section>'
+            for a, title, content in self.sections
         )
         figures = ",".join(f"{json.dumps(name)}:{fig}" for name, fig in self.figures.items())
         parts = {
@@ -167,7 +173,7 @@ def _template() -> str:
 
 
 def _inside_script(text: str) -> str:
-    """JSON that can stand inside a script element: no "<" is left, so nothing can end it or open a comment."""
+    """JSON that can stand inside a script element: without "<" nothing can end it or open a comment."""
     return text.replace("<", "\\u003c")
 
 

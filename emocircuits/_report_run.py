@@ -13,6 +13,7 @@ from emocircuits.data.emotions import EKMAN6
 from emocircuits.errors import InputError
 
 Data = Mapping[str, Any]
+_NAMES = {"demo": "gemma-3-270m (demo)"}
 _STAGES = ("quality", "embedding", "tuning", "evaluation", "dose")
 
 
@@ -34,7 +35,7 @@ class RunData:
         """The model's name as the settings hold it."""
         found = (self.manifest.get("settings") or {}).get("model")
         name = found.get("id") or found.get("name") if isinstance(found, Mapping) else found
-        return str(name) if name else "this model"
+        return _NAMES.get(str(name), str(name)) if name else "this model"
 
     @property
     def emotions(self) -> list[str]:

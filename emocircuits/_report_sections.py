@@ -47,10 +47,8 @@ def main_figure(page: Page, evaluation: Data, emotions: Sequence[str]) -> str:
 
 def methods(evaluation: Data) -> str:
     """The table of methods, and the paired differences."""
-    head = (
-        "method coherent expresses names&nbsp;it degenerate perplexity distinct-2 "
-        "same&nbsp;opener repetition words similarity"
-    ).split()
+    head = ["method", "coherent", "expresses", "names it", "degenerate", "perplexity", "distinct-2"]
+    head += ["same opener", "repetition", "words", "similarity"]
     rows = [_method_row(name, scores) for name, scores in evaluation["methods"].items()]
     about = "; ".join(f"{name}: {ABOUT[name]}" for name in evaluation["methods"] if name in ABOUT)
     caption = (
@@ -97,8 +95,8 @@ def comparisons(evaluation: Data) -> str:
         for row, fixed in zip(found, adjusted)
     ]
     caption = (
-        "Paired differences in coherent expression, in percentage points with 95% intervals. The test flips the "
-        "sign of whole scenarios; p is two-sided, then corrected for the number of rows (Holm)."
+        "Paired differences in coherent expression, in percentage points with 95% intervals. The test flips "
+        "the sign of whole scenarios; p is two-sided, then corrected for the number of rows (Holm)."
     )
     return table(caption, ["difference", "points", "p", "p, corrected", "scenarios"], rows)
 
@@ -136,14 +134,10 @@ def confusions(page: Page, evaluation: Data) -> str:
         if (found := scores.get("confusion")) and found.get("counts"):
             blocks.append(page.figure(plots.confusion_map(found), f"{name}: {ABOUT.get(name, name)}"))
     words = (
-        "<p>Rows are the wanted emotion, columns what the judge read: a forced choice that was not told the target. "
-        "Numbers are texts, the shade is the share of the row.</p>"
+        "<p>Rows are the wanted emotion, columns what the judge read: a forced choice that was not told the "
+        "target. Numbers are texts, the shade is the share of the row.</p>"
     )
-    grid = (
-        f'<div class="grid">{"".join(blocks)}</div>'
-        if blocks
-        else note("No confusion matrices were recorded.")
-    )
+    grid = f'<div class="grid">{"".join(blocks)}</div>' if blocks else note("No confusion matrices were recorded.")
     return words + grid + _unsteered_labels(evaluation.get("unsteered_labels") or {})
 
 
@@ -151,9 +145,7 @@ def _unsteered_labels(counts: Mapping[str, Any]) -> str:
     if not counts:
         return ""
     total = sum(number(n) or 0 for n in counts.values())
-    said = ", ".join(
-        f"{esc(k)} {esc(n)} ({pct((number(n) or 0) / total)})" for k, n in counts.items() if total
-    )
+    said = ", ".join(f"{esc(k)} {esc(n)} ({pct((number(n) or 0) / total)})" for k, n in counts.items() if total)
     return note(f"Without steering the judge reads the texts as: {said}.")
 
 
@@ -186,7 +178,10 @@ def dose_response(page: Page, dose: Data) -> str:
     figures = [page.figure(plots.dose_response(rows, measure), label) for measure, label in labels.items()]
     sizes = sorted({int(n) for row in rows if (n := number(row.get("n"))) is not None})
     size = f" Each point rests on {' to '.join(map(str, sizes[:1] + sizes[1:][-1:]))} texts." if sizes else ""
-    words = f"<p>A direction that carries the emotion should act in proportion, and not with the other sign.{size}</p>"
+    words = (
+        "<p>A direction that carries the emotion should act in proportion, and not when it is subtracted "
+        f"(left of 0). The dashed line is the chosen strength.{size}</p>"
+    )
     return words + f'<div class="grid">{"".join(figures)}</div>'
 
 
@@ -202,28 +197,38 @@ def tuning(page: Page, found: Data) -> str:
         ]
         for e, c in chosen.items()
     ]
-    caption = (
-        "The chosen settings. The rate is the one on tuning scenarios; it is optimistic, being a maximum."
-    )
+    caption = "The chosen settings. The rate is the one on tuning scenarios; it is optimistic, being a maximum."
     maps = [
         page.figure(plots.tuning_map(candidates, e, chosen.get(e)), f"{e}: coherent rate of each candidate")
         for e in dict.fromkeys(row["emotion"] for row in candidates)
     ]
     words = (
-        f"<p>Layers and strengths were chosen on {esc(found.get('n_scenarios', 'an unrecorded number of'))} scenarios "
-        "that the results above do not use. Strength is in units of the residual norm; the frame marks the choice.</p>"
+        f"<p>Layers and strengths were chosen on {esc(found.get('n_scenarios', 'an unrecorded number of'))} "
+        "tuning scenarios; the results above are on held-out ones. Strength is in units of the residual norm, "
+        "per layer, and a frame marks the choice.</p>"
     )
     settings = table(caption, ["emotion", "layers", "strength", "coherent when tuned"], rows, wide=False)
-    return words + settings + f'<div class="grid three">{"".join(maps)}</div>'
+    return words + settings + f'<div class="grid three">{"".join(maps)}</div>{_wordings(found.get("prompting"))}'
+
+
+def _wordings(found: Data | None) -> str:
+    """The prompting baseline is tuned as well: its best wording competes."""
+    if not found:
+        return ""
+    rates = ", ".join(f"{esc(name)} {pct(rate)}" for name, rate in (found.get("coherent") or {}).items())
+    return note(
+        f"The prompting baseline is tuned too: of its wordings (coherent rate: {rates}) it uses "
+        f"<strong>{esc(found.get('wording'))}</strong>."
+    )
 
 
 # ------------------------------------------------------------------------------------------------- directions
 
 
 def held_out_test(direction_set: Data) -> Data | None:
-    """The test on themes never used in fitting; the first test when no name speaks of themes."""
-    tests = direction_set.get("tests") or []
-    return next((t for t in tests if "theme" in str(t.get("name", "")).lower()), tests[0] if tests else None)
+    """The test on themes that were never used in fitting, None if the set has no such test."""
+    about = ((test, f"{test.get('name')} {test.get('what')}".lower()) for test in direction_set.get("tests") or [])
+    return next((test for test, words in about if "theme" in words), None)
 
 
 def row_at(test: Data | None, layer: Any) -> Data:
@@ -233,33 +238,33 @@ def row_at(test: Data | None, layer: Any) -> Data:
 
 def as_interval(row: Data) -> dict[str, Any]:
     """A test row's accuracy in the form of every other interval."""
-    reason = row.get("reason") or ("not recorded" if not row else None)
+    reason = row.get("reason") or ("not measured in this run" if not row else None)
     return {"estimate": row.get("accuracy"), "low": row.get("low"), "high": row.get("high"), "reason": reason}
 
 
 def directions(page: Page, quality: Data) -> str:
-    """Accuracy and AUROC by layer of every set, recall per emotion, reliability, and other probes."""
-    emotions, layers = quality["emotions"], quality["layers"]
-    blocks = [_best_layers(quality)]
-    for found in quality.get("sets") or []:
-        name = str(found["name"])
-        about = f"trained on {esc(found.get('trained_on', 'unrecorded texts'))}, method {esc(found.get('method'))}"
-        accuracy = plots.quality_by_layer(found, layers, 1 / len(emotions))
-        area = plots.quality_by_layer(found, layers, 0.5, "auroc")
-        caption = (
-            f"{about}. The dotted line chose the layer, on training themes alone; the grey band is what shuffled "
-            "labels give, from their mean to their upper limit."
-        )
-        figures = [page.figure(accuracy, f"{name}: accuracy by layer", caption)]
-        figures.append(
-            page.figure(area, f"{name}: AUROC by layer", "Mean over emotions, one against the rest.")
-        )
-        if found.get("split_half"):
-            fig = plots.split_half_map(found["split_half"], emotions, layers)
-            caption = "Cosine of directions fitted on two halves of the scenarios; 1 means that more data would not move them."
-            figures.append(page.figure(fig, f"{name}: split-half agreement", caption))
-        blocks.append(f'<div class="grid">{"".join(figures)}</div>')
-    return "".join(blocks) + _alternatives(quality) + _agreement(page, quality)
+    """Accuracy and AUROC by layer of every set, other fits, and how far the directions repeat."""
+    sets = quality.get("sets") or []
+    curves = "".join(_curves(page, found, quality) for found in sets)
+    return _best_layers(quality) + _grid(curves) + _alternatives(quality) + _grid(_agreement(page, quality))
+
+
+def _curves(page: Page, found: Data, quality: Data) -> str:
+    layers, name = quality["layers"], str(found["name"])
+    accuracy = plots.quality_by_layer(found, layers, 1 / len(quality["emotions"]))
+    area = plots.quality_by_layer(found, layers, 0.5, "auroc")
+    caption = (
+        f"Trained on {esc(found.get('trained_on', 'unrecorded texts'))}, method {esc(found.get('method'))}. "
+        "The dotted line chose the layer, on training themes alone; the grey band is what shuffled labels give, "
+        "from their mean to their 95th percentile."
+    )
+    return page.figure(accuracy, f"{name}: accuracy by layer", caption) + page.figure(
+        area, f"{name}: AUROC by layer", "Mean over emotions, one against the rest."
+    )
+
+
+def _grid(figures: str) -> str:
+    return f'<div class="grid">{figures}</div>' if figures else ""
 
 
 def _best_layers(quality: Data) -> str:
@@ -271,10 +276,8 @@ def _best_layers(quality: Data) -> str:
             recall = row.get("recall") or {}
             name = f"{esc(found['name'])}, {esc(test.get('name'))}"
             scores = [interval(as_interval(row), ".2f"), num(row.get("auroc"))]
-            what = f'<span class="prose">{esc(test.get("what", ""))}</span>'
-            rows.append(
-                [name, esc(found.get("best_layer")), *scores, *(num(recall.get(e)) for e in emotions), what]
-            )
+            what = f'<span class="what">{esc(test.get("what", ""))}</span>'
+            rows.append([name, esc(found.get("best_layer")), *scores, *(num(recall.get(e)) for e in emotions), what])
     head = [
         "set, test",
         "layer",
@@ -297,17 +300,22 @@ def _alternatives(quality: Data) -> str:
         rows.append([f"{esc(other.get('method'))} on {esc(other.get('set'))}", esc(layer), *scores])
     if not rows:
         return ""
-    return table(
-        "Other ways to fit, at the same layer.", ["method", "layer", "accuracy", "AUROC"], rows, wide=False
-    )
+    return table("Other ways to fit, at the same layer.", ["method", "layer", "accuracy", "AUROC"], rows, wide=False)
 
 
 def _agreement(page: Page, quality: Data) -> str:
-    blocks = [
-        page.figure(plots.split_half_map(values, quality["emotions"], quality["layers"]), f"Cosine of {name}")
-        for name, values in (quality.get("cosines") or {}).items()
+    emotions, layers = quality["emotions"], quality["layers"]
+    halves = "Cosine of directions fitted on two halves of the scenarios; at 1, more data would not move them."
+    maps = [
+        (found["split_half"], f"{found['name']}: split-half agreement", halves)
+        for found in quality.get("sets") or []
+        if found.get("split_half")
     ]
-    return f'<div class="grid">{"".join(blocks)}</div>' if blocks else ""
+    maps += [(values, f"Cosine of {name}", "") for name, values in (quality.get("cosines") or {}).items()]
+    figures = [
+        page.figure(plots.split_half_map(values, emotions, layers), label, caption) for values, label, caption in maps
+    ]
+    return "".join(figures)
 
 
 def _at(values: Any, index: int) -> Any:
@@ -327,9 +335,7 @@ def confounds(quality: Data) -> str:
     ]
     if not rows:
         return note("No confounds were measured in this run.")
-    return table(
-        "What else could explain the directions.", ["confound", "value", "what is measured", "reading"], rows
-    )
+    return table("What else could explain the directions.", ["confound", "value", "what is measured", "reading"], rows)
 
 
 def geometry(page: Page, quality: Data | None, embedding: Data | None) -> str:
@@ -340,20 +346,14 @@ def geometry(page: Page, quality: Data | None, embedding: Data | None) -> str:
         axes = [f"PC {i + 1}" + _explained(embedding.get("variance"), i) for i in range(2)]
         fig = plots.embedding_scatter(found, (axes[0], axes[1]))
         caption = "Open diamonds are held out: they were not used to fit the axes or the directions."
-        figures.append(
-            page.figure(fig, f"Readings at layer {layer}, first two principal components", caption)
-        )
+        figures.append(page.figure(fig, f"Readings at layer {layer}, first two principal components", caption))
         if embedding.get("umap"):
             moved = [{**p, **u} for p, u in zip(found, embedding["umap"])]
             fig = plots.embedding_scatter(moved, ("UMAP 1", "UMAP 2"))
-            figures.append(
-                page.figure(fig, "The same readings, UMAP", "Distances between groups mean little here.")
-            )
+            figures.append(page.figure(fig, "The same readings, UMAP", "Distances between groups mean little here."))
     if quality and (shape := quality.get("geometry")):
         fig = plots.geometry_map(shape["cosines"], quality["emotions"])
-        figures.append(
-            page.figure(fig, f"Cosines between the emotions' directions at layer {shape.get('layer')}")
-        )
+        figures.append(page.figure(fig, f"Cosines between the emotions' directions at layer {shape.get('layer')}"))
     return f'<div class="grid">{"".join(figures)}</div>'
 
 
@@ -374,15 +374,13 @@ def judge(evaluation: Data) -> str:
     second = other.get("recall") or {}
     rows = [[emotion_label(k), pct(own.get(k)), pct(second.get(k))] for k in dict.fromkeys([*own, *second])]
     accuracy = ["all", pct(found.get("cv_accuracy")), interval(other.get("accuracy"))]
-    bare = (
-        f"; without punctuation it is {pct(other['accuracy_without_punctuation'])}"
-        if "accuracy_without_punctuation" in other
-        else ""
-    )
+    key = "accuracy_without_punctuation"
+    bare = f"; without punctuation it is {pct(other[key])}" if key in other else ""
     words = (
-        f"<p>The judge is <strong>{esc(found.get('name', 'unnamed'))}</strong>, a forced choice among the emotions "
-        f"and neutral. On held-out replies of known emotion its accuracy is {interval(other.get('accuracy'))}{bare}. "
-        "Where its recall is low, expression rates of that emotion are too low as well.</p>"
+        f"<p>The judge is <strong>{esc(found.get('name', 'unnamed'))}</strong>, a forced choice among the "
+        "emotions and neutral. On held-out replies of known emotion its accuracy is "
+        f"{interval(other.get('accuracy'))}{bare}. Where its recall "
+        "is low, expression rates of that emotion are too low as well.</p>"
     )
     head = ["emotion", "recall, its own corpus (cross-validated)", "recall, held-out replies"]
     result = words + table("Reliability of the judge.", head, [*rows, accuracy], strong="all", wide=False)

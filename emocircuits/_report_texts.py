@@ -31,12 +31,12 @@ class Texts:
         self.keys = {e: found for e in emotions if (found := list(keys.get(e, {})) or shared)}
 
     def of(self, emotion: str, key: Key) -> dict[str, Row]:
-        """The rows of one scenario by method; a text without a target (unsteered) stands beside every emotion."""
+        """The rows of one scenario by method; a text without a target (unsteered) serves every emotion."""
         found = {m: self._rows.get((m, emotion, key)) or self._rows.get((m, None, key)) for m in METHODS}
         return {method: row for method, row in found.items() if row is not None}
 
     def sample(self, emotion: str) -> list[Key]:
-        """Scenarios drawn with a fixed seed, before anybody looked at the texts."""
+        """Scenarios drawn with a fixed seed, blind to how their texts came out."""
         keys = sorted(self.keys[emotion])
         return random.Random(f"{SAMPLE_SEED} {emotion}").sample(keys, min(SAMPLE_SIZE, len(keys)))
 
@@ -61,8 +61,8 @@ def section(texts: Texts) -> str:
         )
     return (
         note(
-            f"{SAMPLE_SIZE} scenarios per emotion, drawn with seed {SAMPLE_SEED} and shown whatever came out, "
-            "failures included. The browser below holds every scenario."
+            f"{SAMPLE_SIZE} scenarios per emotion, drawn with seed {SAMPLE_SEED} and shown whatever came "
+            "out, failures included. The browser below holds every scenario."
         )
         + "".join(blocks)
         + _BROWSER
@@ -81,8 +81,7 @@ def browser_data(texts: Texts) -> dict[str, list[dict[str, str]]]:
     """For every emotion, its scenarios as {"label": text, "html": the escaped block}."""
     return {
         emotion: [
-            {"label": _label(texts, emotion, key), "html": scenario(texts.of(emotion, key), emotion)}
-            for key in keys
+            {"label": _label(texts, emotion, key), "html": scenario(texts.of(emotion, key), emotion)} for key in keys
         ]
         for emotion, keys in texts.keys.items()
     }
@@ -116,7 +115,7 @@ def _verdict(row: Row, emotion: str) -> str:
     """The judge's reading and every flag, with the outcome first."""
     read = f"judge reads {esc(row.get('predicted') or 'nothing')}"
     if (share := number(row.get("target_probability"))) is not None and row.get("emotion"):
-        read += f", {esc(emotion)} {share:.0%}"
+        read += f" (gives {esc(emotion)} {share:.0%})"
     parts = [read]
     if (cost := number(row.get("perplexity"))) is not None:
         parts.append(f"perplexity {num(cost, '.1f')}")

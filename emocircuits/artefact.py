@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -175,10 +175,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _remove(temporary: Path) -> None:
-    try:
+    with suppress(OSError):  # the folder itself may be missing; the first error says more than this one
         temporary.unlink(missing_ok=True)
-    except OSError:
-        pass  # the folder itself may be missing; the first error says more than this one
 
 
 def _flush(path: Path) -> None:
@@ -245,7 +243,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -253,7 +251,7 @@ def _read(path: Path, with_tensors: bool = True) -> tuple[dict[str, Tensor], Hea
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())} if with_tensors else {}
         header = json.loads(text) if text is not None else None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ArtefactError(

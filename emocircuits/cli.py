@@ -96,7 +96,9 @@ def _evaluate_parser(verbs: argparse._SubParsersAction) -> None:
         "judge a file of texts",
         "emocircuits evaluate --input out.jsonl --emotion anger --output scores.json",
     )
-    evaluate.add_argument("--input", type=Path, required=True, help="JSONL rows with 'text' (and 'prompt' for perplexity)")
+    evaluate.add_argument(
+        "--input", type=Path, required=True, help="JSONL rows with 'text' (and 'prompt' for perplexity)"
+    )
     evaluate.add_argument("--emotion", help="the target of every row (default: each row's own 'emotion')")
     evaluate.add_argument("--model", default="demo", help="the unsteered model, for perplexity")
     evaluate.add_argument("--output", type=Path, help="where to write the scores as JSON (default: print)")
@@ -152,7 +154,8 @@ def run_directions(args: argparse.Namespace) -> None:
         texts = load_texts(args.texts)
         emotions = emotions if args.emotions else tuple(dict.fromkeys(str(t.label) for t in texts))
         examples = [
-            Example(prompt="", label=str(t.label), group="all", response=t.text, cluster=str(i)) for i, t in enumerate(texts)
+            Example(prompt="", label=str(t.label), group="all", response=t.text, cluster=str(i))
+            for i, t in enumerate(texts)
         ]
     else:
         examples = reply_examples(discovery(), emotions)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from . import artefact, quality
+from . import artefact
 from .data.emotions import EKMAN6
 from .data.prompts import PINNED_DATE, WORDINGS, completion_prompt
 from .data.scenarios import ScenarioSet, discovery, heldout
@@ -63,7 +64,9 @@ class Plan:
 class Demo:
     """The stages of one run; each property reads its file, making it first when it is not there."""
 
-    def __init__(self, out: str | Path, plan: Plan, loaded: Loaded | None = None, progress: Progress | None = None) -> None:
+    def __init__(
+        self, out: str | Path, plan: Plan, loaded: Loaded | None = None, progress: Progress | None = None
+    ) -> None:
         self.plan, self.progress = plan, progress or bars()
         self.run = Run(out, asdict(plan))
         self._loaded = loaded
@@ -133,7 +136,7 @@ class Demo:
 
         def make() -> list[float]:
             texts = [e.prompt + e.response for e in reply_examples(self.train, self.plan.emotions)[:64]]
-            return residual_norms(*self.loaded, texts).tolist()
+            return residual_norms(self.loaded.model, self.loaded.tokenizer, texts).tolist()
 
         return torch.tensor(self.run.json_stage("norms", make))
 
@@ -193,7 +196,9 @@ class Demo:
 
         return FluencyThresholds(**self.run.json_stage("thresholds", make))
 
-    def scored(self, rows: list[dict[str, Any]], steerers: Sequence[Steerer | None], title: str) -> list[dict[str, Any]]:
+    def scored(
+        self, rows: list[dict[str, Any]], steerers: Sequence[Steerer | None], title: str
+    ) -> list[dict[str, Any]]:
         """Write, then judge."""
         limits = self.thresholds()
         return scoring.score_rows([_nan(r) for r in self.write(rows, steerers, title)], self.judge, limits)
@@ -229,13 +234,18 @@ class Demo:
         base = self.prompts_of(self.heldout)
         wording = next(w for w in WORDINGS if w.name == self.tuning()["prompting"]["wording"])
         done: list[dict[str, Any]] = []
-        done += self.scored([{**r, "method": "unsteered", "emotion": None} for r in base], [None] * len(base), "unsteered")
+        done += self.scored(
+            [{**r, "method": "unsteered", "emotion": None} for r in base], [None] * len(base), "unsteered"
+        )
         rows = [{**r, "emotion": e} for e in self.plan.emotions for r in base]
         for method, make in (("steered", self.steerer), ("random", self.random_steerer)):
             by_emotion = {e: make(e) for e in self.plan.emotions}
-            done += self.scored([{**r, "method": method} for r in rows], [by_emotion[r["emotion"]] for r in rows], method)
+            done += self.scored(
+                [{**r, "method": method} for r in rows], [by_emotion[r["emotion"]] for r in rows], method
+            )
         asked = [
-            {**r, "method": "prompted", "asked": completion_prompt(r["group"], wording.text(r["emotion"]))} for r in rows
+            {**r, "method": "prompted", "asked": completion_prompt(r["group"], wording.text(r["emotion"]))}
+            for r in rows
         ]
         return done + self.scored(asked, [None] * len(asked), "prompted")
 
@@ -258,7 +268,7 @@ class Demo:
         model, tokenizer = self.loaded
         neutral = [r["text"] for r in corpus_rows() if r["emotion"] == "neutral" and r["style"] == "plain"][:12]
         return {
-            e: scoring.number(kl_on_neutral(model, tokenizer, neutral, lambda s=self.steerer(e): s.attach(model)))
+            e: scoring.number(kl_on_neutral(model, tokenizer, neutral, partial(self.steerer(e).attach, model)))
             for e in self.plan.emotions
         }
 
@@ -267,7 +277,12 @@ def bars() -> Progress:
     """The progress bars of a run, on standard error."""
     from rich.console import Console
 
-    columns = (TextColumn("{task.description:>24}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:>24}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
     return Progress(*columns, console=Console(stderr=True))
 
 
@@ -299,5 +314,5 @@ def save_features(path: Path, features: Features) -> None:
 def load_features(path: Path) -> Features:
     """Readings saved by `save_features`; raises ArtefactError for a damaged file."""
     tensors, h = artefact.load(path, "features")
-    names = (tuple(h[n]) for n in ("labels", "groups", "themes", "clusters"))
-    return Features(tensors["x"], *names, h["site"], tuple(h["layers"]), h["position"])
+    names = {n: tuple(h[n]) for n in ("labels", "groups", "themes", "clusters", "layers")}
+    return Features(x=tensors["x"], site=h["site"], position=h["position"], **names)

@@ -25,7 +25,10 @@ def measure(demo: Demo) -> dict[str, Any]:
     tests = {
         "replies": ("held-out themes, replies", "unseen scenarios of unseen themes; replies never name the emotion"),
         "prompts": ("held-out themes, prompts", "unseen scenarios of unseen themes; wordings seen in training"),
-        "nounfree": ("held-out themes, noun-free wording", "a wording without any emotion word, never seen in training"),
+        "nounfree": (
+            "held-out themes, noun-free wording",
+            "a wording without any emotion word, never seen in training",
+        ),
     }
     data = {"replies": demo.replies(True), "prompts": demo.prompts("heldout"), "nounfree": demo.prompts("nounfree")}
     sets = [
@@ -57,9 +60,17 @@ def _one_set(
     across = quality.across_themes(train, emotions, seed=seed)
     null = quality.shuffled_null(train, data[own], emotions, n=10, seed=seed)
     order = [own, *(k for k in data if k != own)]
-    rows = [{"name": tests[k][0], "what": tests[k][1], "rows": quality.held_out(made, data[k], seed=seed)} for k in order]
+    rows = [
+        {"name": tests[k][0], "what": tests[k][1], "rows": quality.held_out(made, data[k], seed=seed)} for k in order
+    ]
     alone = quality.held_out(made, data[own], centred=False, seed=seed)
-    rows.append({"name": f"{tests[own][0]}, standing alone", "what": "no other emotion of the same scenario is known", "rows": alone})
+    rows.append(
+        {
+            "name": f"{tests[own][0]}, standing alone",
+            "what": "no other emotion of the same scenario is known",
+            "rows": alone,
+        }
+    )
     return {
         "name": name,
         "trained_on": f"{len(set(train.clusters))} scenarios of {len(set(train.themes))} themes",
@@ -184,7 +195,9 @@ def _judge_card(demo: Demo) -> dict[str, Any]:
         "cv_accuracy": float(report.accuracy),
         "recall": {k: float(v) for k, v in dict(report.summary()["recall"]).items()},
         "held_out_replies": {
-            "accuracy": scoring.as_json(clustered_bootstrap(correct, np.asarray([p[0] for p in pairs]), seed=demo.plan.seed)),
+            "accuracy": scoring.as_json(
+                clustered_bootstrap(correct, np.asarray([p[0] for p in pairs]), seed=demo.plan.seed)
+            ),
             "recall": {str(e): float(correct[truth == e].mean()) for e in names},
             "accuracy_without_punctuation": float(without),
         },

@@ -216,7 +216,9 @@ def _discriminant(x: Tensor, labels: np.ndarray, means: Tensor, method: str, see
         else:
             spread = rows.std(0) + 1e-9
             probe = LogisticRegression(C=0.01, max_iter=500, random_state=seed).fit(rows / spread, labels)
-            solved = probe.coef_ / spread if len(probe.coef_) > 1 else np.concatenate([-probe.coef_, probe.coef_]) / spread
+            solved = (
+                probe.coef_ / spread if len(probe.coef_) > 1 else np.concatenate([-probe.coef_, probe.coef_]) / spread
+            )
         out[:, slot] = torch.as_tensor(solved, dtype=torch.float32)
     return out - out.mean(0)
 

@@ -28,12 +28,16 @@ def evaluate_file(path: Path, emotion: str | None, model_name: str, seed: int = 
             raise InputError(f"{path}, line {number}: no 'text' to judge")
         target = emotion or row.get("emotion")
         if target not in judge.labels:
-            raise InputError(f"{path}, line {number}: emotion {target!r} is none of {', '.join(judge.labels)}; give --emotion")
+            raise InputError(
+                f"{path}, line {number}: emotion {target!r} is none of {', '.join(judge.labels)}; give --emotion"
+            )
         row["emotion"] = target
         row.setdefault("skeleton_id", row.get("id", number))
     if all(isinstance(r.get("prompt"), str) for r in rows):
         model, tokenizer = load(model_name)
-        for row, value in zip(rows, perplexity(model, tokenizer, [r["prompt"] for r in rows], [r["text"] for r in rows])):
+        for row, value in zip(
+            rows, perplexity(model, tokenizer, [r["prompt"] for r in rows], [r["text"] for r in rows])
+        ):
             row["perplexity"] = scoring.number(value)
     return _scores(rows, judge, seed)
 

@@ -110,7 +110,7 @@ def _generate_batch(
     decoding: Decoding,
     seeds: list[int],
 ) -> list[str]:
-    module = unwrap(model)
+    module: Any = unwrap(model)
     device = next(module.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     width = max(map(len, ids))

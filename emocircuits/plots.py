@@ -24,6 +24,7 @@ from emocircuits._figures import (
     heat,
     layers_of,
     legend_symbol,
+    log_axis,
     note,
     number,
     numbers,
@@ -45,7 +46,6 @@ EMOTION_COLORS = {
     "neutral": "#8A8F98",
 }
 METHOD_COLORS = {"unsteered": "#C3C8D0", "random": "#9AA2B0", "prompted": "#66738A", "steered": "#6B4FD8"}
-_METHOD_PATTERNS = {"unsteered": "", "random": "/", "prompted": "", "steered": ""}
 _SPARE_COLORS = ("#7A5195", "#665C00", "#3D7068", "#8C564B", "#4C4C99")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -61,23 +61,19 @@ def emotion_color(emotion: str) -> str:
 # ------------------------------------------------------------------------------------------ direction quality
 
 
-def quality_by_layer(
-    direction_set: Row, layers: Sequence[int], chance: float, measure: str = "accuracy"
-) -> go.Figure:
+def quality_by_layer(direction_set: Row, layers: Sequence[int], chance: float, measure: str = "accuracy") -> go.Figure:
     """Held-out `measure` ("accuracy" or "auroc") of one direction set at every layer, one line per test.
 
     `direction_set` is an entry of quality.json's "sets". Accuracy carries its interval, the accuracy across
     training themes that chose the layer, and the shuffled-label null from its mean to its upper limit.
     """
-    fig = figure("layer", measure if measure == "accuracy" else "AUROC, one emotion against the rest")
+    fig = figure("layer", "AUROC" if measure == "auroc" else measure)
     if measure == "accuracy":
         _null_band(fig, direction_set.get("null") or {}, layers)
         across = direction_set.get("across_themes")
         if across:
             line = {"color": QUIET, "width": 2, "dash": "dot"}
-            fig.add_scatter(
-                x=list(layers), y=numbers(across), name="left-out training themes", mode="lines", line=line
-            )
+            fig.add_scatter(x=list(layers), y=numbers(across), name="left-out training themes", mode="lines", line=line)
     for i, test in enumerate(direction_set.get("tests") or []):
         _test_line(fig, test, measure, i)
     fig.add_hline(y=chance, line={"color": QUIET, "width": 1.2, "dash": "dash"})
@@ -85,7 +81,7 @@ def quality_by_layer(
     best = direction_set.get("best_layer")
     if best is not None:
         fig.add_vline(x=best, line={"color": QUIET, "width": 1.2, "dash": "dot"})
-        note(fig, f"layer {best}", x=best, y=0.02, yref="paper", xanchor="left", yanchor="bottom")
+        note(fig, f"layer {best}", x=best, y=0.02, yref="paper", xanchor="left", yanchor="bottom", xshift=4)
     return fig.update_yaxes(range=[0, 1.03])
 
 
@@ -125,16 +121,12 @@ def _test_line(fig: go.Figure, test: Row, measure: str, i: int) -> None:
         )
     line = {"color": color, "width": 2.4, "dash": _DASHES[i % len(_DASHES)]}
     y = numbers(row.get(measure) for row in rows)
-    fig.add_scatter(
-        x=x, y=y, name=name, legendgroup=name, mode="lines+markers", line=line, marker={"size": 5}
-    )
+    fig.add_scatter(x=x, y=y, name=name, legendgroup=name, mode="lines+markers", line=line, marker={"size": 5})
 
 
 def split_half_map(values: Matrix, emotions: Sequence[str], layers: Sequence[int]) -> go.Figure:
     """Cosine [E][n_layers] between directions fitted on two halves of the scenarios, or between two sets."""
-    return heat(
-        values, list(layers), emotions, DIVERGING, (-1, 1), "layer", show_values=False, title="cosine"
-    )
+    return heat(values, list(layers), emotions, DIVERGING, (-1, 1), "layer", show_values=False, title="cosine")
 
 
 def geometry_map(cosines: Matrix, emotions: Sequence[str]) -> go.Figure:
@@ -175,12 +167,10 @@ def embedding_scatter(points: Sequence[Row], axes: tuple[str, str] = ("PC 1", "P
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
-def expression_bars(
-    methods: Mapping[str, Row], emotions: Sequence[str], measure: str = "coherent"
-) -> go.Figure:
-    """Rate of `measure` ("coherent" or "expression") by emotion and over all, one bar per method, with intervals.
+def expression_bars(methods: Mapping[str, Row], emotions: Sequence[str], measure: str = "coherent") -> go.Figure:
+    """Rate of `measure` ("coherent" or "expression") by emotion and over all, one bar per method.
 
-    `methods` maps a method to its entry of evaluation.json: intervals over all texts and under "by_emotion".
+    `methods` maps a method to its entry of evaluation.json: intervals over all texts, and in "by_emotion".
     """
     fig = figure("", f"{measure} expression" if measure == "coherent" else measure, height=400)
     for method, scores in methods.items():
@@ -189,16 +179,18 @@ def expression_bars(
         rates = [number(i.get("estimate")) for i in intervals]
         up = [gap(i.get("high"), rate) for i, rate in zip(intervals, rates)]
         down = [gap(rate, i.get("low")) for i, rate in zip(intervals, rates)]
-        pattern = {"shape": _METHOD_PATTERNS.get(method, ""), "fgcolor": "rgba(255,255,255,0.7)", "size": 5}
+        color = METHOD_COLORS.get(method, "#7A5195")
+        # Two greys side by side need more than their shade: the control is hatched.
+        pattern = {"shape": "/" if method == "random" else "", "fillmode": "replace", "size": 5}
         fig.add_bar(
             x=[*map(text, emotions), "all"],
             y=rates,
             name=text(method),
-            marker={"color": METHOD_COLORS.get(method, "#7A5195"), "pattern": pattern, "line": {"width": 0}},
+            marker={"color": color, "pattern": pattern, "line": {"width": 1, "color": color}},
             error_y={"array": up, "arrayminus": down, "color": QUIET, "thickness": 1.2, "width": 2},
             hovertemplate="%{x}: %{y:.1%}<extra>" + text(method) + "</extra>",
         )
-    fig.update_layout(barmode="group", bargap=0.22, bargroupgap=0.06)
+    fig.update_layout(barmode="group", bargap=0.22, bargroupgap=0.06).update_xaxes(showgrid=False)
     return fig.update_yaxes(range=[0, 1.03], tickformat=".0%")
 
 
@@ -208,9 +200,7 @@ def confusion_map(confusion: Row) -> go.Figure:
     shares = [[share(n, row) for n in row] for row in counts]
     columns = [text(c) for c in confusion["columns"]]
     fig = heat(shares, columns, confusion["rows"], SEQUENTIAL, (0, 1), "read by the judge as", height=330)
-    fig.data[0].update(
-        text=[["" if n is None else str(n) for n in row] for row in counts], texttemplate="%{text}"
-    )
+    fig.data[0].update(text=[["" if n is None else str(n) for n in row] for row in counts], texttemplate="%{text}")
     fig.data[0].update(hovertemplate="target %{y}, read as %{x}: %{text} (%{z:.0%})<extra></extra>")
     return fig
 
@@ -226,9 +216,7 @@ def pareto(
     `candidates` and `doses` are rows of tuning.json and dose.json, `chosen` maps an emotion to its setting,
     `unsteered` is the median perplexity without steering.
     """
-    fig = figure(
-        "median perplexity of the text under the unmodified model", "expresses the emotion", height=460
-    )
+    fig = figure("median perplexity", "expresses the emotion", height=460)
     front = pareto_front([*candidates, *doses])
     line = {"color": QUIET, "width": 1.4, "shape": "hv", "dash": "dot"}
     fig.add_scatter(x=[p for p, _ in front], y=[e for _, e in front], mode="lines", line=line, name="front")
@@ -242,8 +230,9 @@ def pareto(
         legend_symbol(fig, name, symbol)
     if (base := number(unsteered)) is not None and base > 0:
         fig.add_vline(x=base, line={"color": QUIET, "width": 1.2, "dash": "dash"})
-        note(fig, "unsteered", x=math.log10(base), y=1, yref="paper", xanchor="left", yanchor="top")
-    return fig.update_xaxes(type="log", dtick="D2").update_yaxes(range=[-0.02, 1.03], tickformat=".0%")
+        note(fig, "unsteered", x=math.log10(base), y=1, yref="paper", xanchor="left", yanchor="top", xshift=4)
+    fig.update_xaxes(**log_axis(row.get("perplexity") for row in [*candidates, *doses]))
+    return fig.update_yaxes(range=[-0.02, 1.03], tickformat=".0%")
 
 
 def _cost_points(
@@ -256,9 +245,7 @@ def _cost_points(
     legend: bool = False,
 ) -> None:
     edge = {"width": 1.2, "color": "rgba(20,20,20,0.75)"} if symbol == "star" else {}
-    notes = [
-        f"{layers_of(r.get('layers'))}strength {short(r.get('strength'))}, n {r.get('n', '?')}" for r in rows
-    ]
+    notes = [f"{layers_of(r.get('layers'))}strength {short(r.get('strength'))}, n {r.get('n', '?')}" for r in rows]
     fig.add_scatter(
         x=numbers(r.get("perplexity") for r in rows),
         y=numbers(r.get("expression") for r in rows),
@@ -274,9 +261,7 @@ def _cost_points(
             "line": edge,
         },
         text=notes,
-        hovertemplate="%{text}<br>expression %{y:.0%}, perplexity %{x:.1f}<extra>"
-        + text(emotion)
-        + "</extra>",
+        hovertemplate="%{text}<br>expression %{y:.0%}, perplexity %{x:.1f}<extra>" + text(emotion) + "</extra>",
     )
 
 
@@ -295,7 +280,7 @@ def dose_response(rows: Sequence[Row], measure: str = "coherent") -> go.Figure:
 
     Measures: "coherent", "expression", "named", "degenerate" (rates) or "perplexity" (log axis).
     """
-    fig = figure("strength, in multiples of the chosen one (negative: the direction is subtracted)", measure)
+    fig = figure("strength (1 is the chosen one)", measure)
     for i, emotion in enumerate(dict.fromkeys(row["emotion"] for row in rows)):
         mine = [r for r in rows if r["emotion"] == emotion and number(r.get("relative")) is not None]
         mine.sort(key=lambda r: r["relative"])
@@ -313,21 +298,19 @@ def dose_response(rows: Sequence[Row], measure: str = "coherent") -> go.Figure:
     for x in (0, 1):
         fig.add_vline(x=x, line={"color": QUIET, "width": 1, "dash": "dash" if x else "solid"})
     if measure == "perplexity":
-        return fig.update_yaxes(type="log", dtick="D2")
+        return fig.update_yaxes(**log_axis(row.get(measure) for row in rows))
     return fig.update_yaxes(range=[-0.02, 1.03], tickformat=".0%")
 
 
 def tuning_map(candidates: Sequence[Row], emotion: str, chosen: Row | None = None) -> go.Figure:
-    """Coherent rate of one emotion's candidates: layers (rows) by strength (columns), the chosen one framed."""
+    """Coherent rate of one emotion's candidates: layers by strength, the chosen one framed."""
     mine = [row for row in candidates if row["emotion"] == emotion]
     spans = sorted({tuple(row["layers"]) for row in mine})
     strengths = sorted({row["strength"] for row in mine})
     score = {(tuple(row["layers"]), row["strength"]): number(row.get("coherent")) for row in mine}
     values = [[score.get((span, s)) for s in strengths] for span in spans]
     rows, columns = [span(s) for s in spans], [short(s) for s in strengths]
-    fig = heat(
-        values, columns, rows, SEQUENTIAL, (0, 1), "strength", height=150 + 26 * len(spans), form=".0%"
-    )
+    fig = heat(values, columns, rows, SEQUENTIAL, (0, 1), "strength", height=150 + 26 * len(spans), form=".0%")
     fig.update_yaxes(title_text="layers")
     picked = [row for row in mine if is_chosen(row, {emotion: chosen or {}})]
     for row in picked[:1]:

@@ -16,7 +16,9 @@ from .evaluation.statistics import auroc, clustered_bootstrap
 from .reading import Features
 
 
-def held_out(directions: DirectionSet, features: Features, *, centred: bool = True, seed: int = 0) -> list[dict[str, Any]]:
+def held_out(
+    directions: DirectionSet, features: Features, *, centred: bool = True, seed: int = 0
+) -> list[dict[str, Any]]:
     """Accuracy and macro AUROC at each layer on readings the directions were not fitted on.
 
     One dict per layer: accuracy with a 95 % bootstrap interval clustered by scenario, auroc, recall per emotion.
@@ -68,9 +70,9 @@ def _shuffle_within(groups: Sequence[str], labels: Sequence[str], rng: np.random
     members: dict[str, list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
-    out = list(labels)
+    out = [str(label) for label in labels]
     for index in members.values():
-        for target, source in zip(index, rng.permutation(index)):
+        for target, source in zip(index, [index[i] for i in rng.permutation(len(index)).tolist()]):
             out[target] = labels[source]
     return out
 

@@ -117,7 +117,14 @@ def read(
         index = [i for b in batch for i in members[prompts[b]]]
         owner = [slot for slot, b in enumerate(batch) for _ in members[prompts[b]]]
         found = _read_batch(
-            model, tokenizer, [prefix[prompts[b]] for b in batch], [suffixes[i] for i in index], owner, site, wanted, position
+            model,
+            tokenizer,
+            [prefix[prompts[b]] for b in batch],
+            [suffixes[i] for i in index],
+            owner,
+            site,
+            wanted,
+            position,
         )
         rows += list(zip(index, found))
         if progress is not None and task is not None:
@@ -137,7 +144,9 @@ def _check_context(model: Any, lengths: Sequence[int]) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     if limit and max(lengths) > limit:
         worst = max(range(len(lengths)), key=lengths.__getitem__)
-        raise InputError(f"text {worst} has {lengths[worst]} tokens, longer than the model's context of {limit}; shorten it")
+        raise InputError(
+            f"text {worst} has {lengths[worst]} tokens, longer than the model's context of {limit}; shorten it"
+        )
 
 
 def _pad(rows: Sequence[Sequence[int]], side: str, fill: int) -> tuple[Tensor, Tensor]:

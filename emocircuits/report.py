@@ -56,8 +56,8 @@ def _texts(page: Page, data: RunData) -> str:
 def _thresholds(_page: Page, data: RunData) -> str:
     found = (data.evaluation or {}).get("thresholds")
     words = (
-        "<p>A text counts as <em>coherent expression</em> when the judge's forced choice is the wanted emotion, the "
-        "text does not name that emotion or an inflection of it, and it is not degenerate.</p>"
+        "<p>A text counts as <em>coherent expression</em> when the judge's forced choice is the wanted emotion, "
+        "the text does not name that emotion or an inflection of it, and it is not degenerate.</p>"
     )
     return words + (fact_list(found) if found else note("No thresholds were recorded."))
 
@@ -76,9 +76,7 @@ def _reproduce(_page: Page, data: RunData) -> str:
     total = sum(number(stage.get("seconds")) or 0.0 for stage in stages.values())
     command = f"<p><code>emocircuits demo --out {esc(data.path.name)}</code> with the settings below.</p>"
     versions = {"python": manifest.get("python"), **(manifest.get("versions") or {})}
-    times = table(
-        f"Stages, {total / 60:.1f} minutes in total.", ["stage", "seconds", "files"], rows, wide=False
-    )
+    times = table(f"Stages, {total / 60:.1f} minutes in total.", ["stage", "seconds", "files"], rows, wide=False)
     return (
         command
         + f"<h3>Settings</h3>{fact_list(manifest.get('settings') or {})}"
@@ -91,19 +89,17 @@ def _limits(_page: Page, data: RunData) -> str:
     coherent = (data.methods.get("steered") or {}).get("coherent") or {}
     size = number(coherent.get("n_clusters"))
     judge = number(
-        (((data.evaluation or {}).get("judge") or {}).get("held_out_replies") or {})
-        .get("accuracy", {})
-        .get("estimate")
+        (((data.evaluation or {}).get("judge") or {}).get("held_out_replies") or {}).get("accuracy", {}).get("estimate")
     )
     wrong = "" if judge is None else f" and is wrong on {pct(1 - judge)} of held-out replies"
     number_of = "the scenarios of this run" if size is None else f"{size:.0f} scenarios"
     items = [
         f"One model ({esc(data.model)}) and short English texts; other models, languages and lengths may differ.",
         f"Expression is read by an automatic judge, which is no human reader{wrong}.",
-        f"Intervals treat scenarios as the unit and rest on {number_of}; they do not cover the choice of model, "
-        "of prompts or of judge.",
-        "Layers and strengths were tuned per emotion; prompting was not tuned as hard, so its rate is a baseline "
-        "and not the best that prompting can do.",
+        f"Intervals treat scenarios as the unit and rest on {number_of}; they do not cover the choice of "
+        "model, of prompts or of judge.",
+        "Layers and strengths were tuned per emotion, prompting by choosing among a few wordings: its rate is a "
+        "baseline and not the best that prompting can do.",
         "A direction that reads and steers an emotion is no evidence that the model feels anything.",
     ]
     return "<ul>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"

@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 
 
 class Run:
-    """A run folder at `path`. `settings` is all that determines its results; another value means another run."""
+    """A run folder. `settings` is all that determines its results; another value means another run."""
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
         """Open or create; raises InputError when the folder holds a run with other settings, or something else."""
@@ -43,7 +43,7 @@ class Run:
         if old != self.settings:
             different = sorted(k for k in {*old, *self.settings} if old.get(k) != self.settings.get(k))
             raise InputError(
-                f"{self.path} holds a run with other settings ({', '.join(different)}); choose another --out or delete it"
+                f"{self.path} holds a run with other settings ({', '.join(different)}); choose another --out"
             )
 
     @classmethod
@@ -51,7 +51,7 @@ class Run:
         """An existing run, whatever its settings; raises InputError when there is none."""
         manifest = Path(path) / MANIFEST
         if not manifest.exists():
-            raise InputError(f"{path} is not a run folder (no {MANIFEST}); make one with `emocircuits demo --out {path}`")
+            raise InputError(f"{path} is no run folder (no {MANIFEST}); make one with `emocircuits demo --out {path}`")
         return cls(path, json.loads(manifest.read_text()).get("settings", {}))
 
     def file(self, name: str) -> Path:

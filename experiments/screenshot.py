@@ -1,6 +1,6 @@
 """A picture of a page, for the README: needs chromium (or chrome) on the PATH.
 
-    python experiments/screenshot.py run/report.html docs/report.png --width 1280 --height 2000 --dark
+python experiments/screenshot.py run/report.html docs/report.png --width 1280 --height 2000 --dark
 """
 
 from __future__ import annotations
@@ -39,7 +39,15 @@ def screenshot(page: str | Path, out: str | Path, width: int = 1280, height: int
             url = wrapper.as_uri()
         scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
         size = f"--window-size={max(width, MIN_WINDOW)},{height}"
-        command = [browser, *FLAGS.split(), scheme, size, f"--user-data-dir={folder}/profile", f"--screenshot={out}", url]
+        command = [
+            browser,
+            *FLAGS.split(),
+            scheme,
+            size,
+            f"--user-data-dir={folder}/profile",
+            f"--screenshot={out}",
+            url,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if done.returncode or not out.is_file():
         raise RuntimeError(f"{browser} made no picture of {url}: {done.stderr.strip()[-400:]}")

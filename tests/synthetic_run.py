@@ -35,8 +35,8 @@ def write_run(
 
 
 def interval(estimate: float, half: float = 0.05, n: int = 240) -> dict[str, Any]:
-    """An interval around an estimate, kept inside [-1, 1]."""
-    low, high = max(estimate - half, -1.0), min(estimate + half, 1.0)
+    """An interval around a rate or a difference of rates that is not negative, kept inside [0, 1]."""
+    low, high = max(estimate - half, 0.0), min(estimate + half, 1.0)
     return {"estimate": estimate, "low": low, "high": high, "n": n, "n_clusters": n // 6, "confidence": 0.95}
 
 
@@ -50,7 +50,13 @@ def quality(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) ->
 
     def rows(top: float) -> list[dict[str, Any]]:
         return [
-            {"layer": i, "accuracy": a, "low": max(a - 0.05, 0), "high": min(a + 0.05, 1), "auroc": min(0.5 + a / 2, 1)}
+            {
+                "layer": i,
+                "accuracy": a,
+                "low": max(a - 0.05, 0),
+                "high": min(a + 0.05, 1),
+                "auroc": min(0.5 + a / 2, 1),
+            }
             | {"recall": {e: float(np.clip(a + rng.normal(0, 0.05), 0, 1)) for e in emotions}}
             for i, a in enumerate(curve(top))
         ]
@@ -66,7 +72,11 @@ def quality(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) ->
             "split_half": (0.9 * np.ones((n, layers)) + rng.normal(0, 0.04, (n, layers))).clip(-1, 1).tolist(),
             "tests": [
                 {"name": "held-out themes", "what": "replies on themes never used", "rows": rows(top)},
-                {"name": "other template", "what": "the same scenarios in other words", "rows": rows(top - 0.1)},
+                {
+                    "name": "other template",
+                    "what": "the same scenarios in other words",
+                    "rows": rows(top - 0.1),
+                },
             ],
         }
 
@@ -82,9 +92,24 @@ def quality(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) ->
             for m in ("lda", "logistic")
         ],
         "confounds": [
-            {"name": "noun wording", "what": "cosine to a noun-based direction", "value": 0.21, "note": "low is good"},
-            {"name": "opener token", "what": "accuracy without the first token", "value": 0.90, "note": "little lost"},
-            {"name": "punctuation", "what": "accuracy without ! and ?", "value": None, "note": "too few texts remain"},
+            {
+                "name": "noun wording",
+                "what": "cosine to a noun-based direction",
+                "value": 0.21,
+                "note": "low is good",
+            },
+            {
+                "name": "opener token",
+                "what": "accuracy without the first token",
+                "value": 0.90,
+                "note": "little lost",
+            },
+            {
+                "name": "punctuation",
+                "what": "accuracy without ! and ?",
+                "value": None,
+                "note": "too few texts remain",
+            },
         ],
         "cosines": {"response_mean vs last_prompt": rng.uniform(0, 0.7, (n, layers)).tolist()},
         "geometry": {"layer": layers * 2 // 3, "cosines": cosines.tolist()},
@@ -108,14 +133,25 @@ def tuning(rng: np.random.Generator, emotions: tuple[str, ...]) -> dict[str, Any
             for strength in (0.05, 0.1, 0.2, 0.4):
                 rate = float(np.clip(strength * 4 * rng.uniform(0.6, 1.1), 0, 0.95))
                 broken = float(np.clip((strength - 0.2) * 3, 0, 1))
-                row = {"emotion": emotion, "layers": layers, "strength": strength, "expression": rate, "n": 24}
+                row = {
+                    "emotion": emotion,
+                    "layers": layers,
+                    "strength": strength,
+                    "expression": rate,
+                    "n": 24,
+                }
                 row |= {"coherent": rate * (1 - broken), "named": 0.05, "degenerate": broken}
                 candidates.append(row | {"perplexity": float(9 * np.exp(2.5 * strength) * rng.uniform(0.9, 1.1))})
     chosen = {}
     for emotion in emotions:
         best = max((c for c in candidates if c["emotion"] == emotion), key=lambda c: c["coherent"])
         chosen[emotion] = {key: best[key] for key in ("layers", "strength", "coherent")}
-    return {"candidates": candidates, "chosen": chosen, "n_scenarios": 24}
+    return {
+        "candidates": candidates,
+        "chosen": chosen,
+        "n_scenarios": 24,
+        "prompting": {"wording": "plain", "coherent": {"plain": 0.4, "asked": 0.35}},
+    }
 
 
 def dose(rng: np.random.Generator, emotions: tuple[str, ...]) -> dict[str, Any]:
@@ -124,7 +160,13 @@ def dose(rng: np.random.Generator, emotions: tuple[str, ...]) -> dict[str, Any]:
         for relative in (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0):
             rate = float(np.clip(0.1 + 0.65 * relative * rng.uniform(0.8, 1.1), 0.01, 0.95))
             broken = float(np.clip(abs(relative) - 1.1, 0, 1))
-            row = {"emotion": emotion, "strength": 0.2 * relative, "relative": relative, "expression": rate, "n": 24}
+            row = {
+                "emotion": emotion,
+                "strength": 0.2 * relative,
+                "relative": relative,
+                "expression": rate,
+                "n": 24,
+            }
             row |= {"coherent": rate * (1 - broken), "named": 0.04, "degenerate": broken}
             rows.append(row | {"perplexity": float(9 * np.exp(0.5 * abs(relative)) * rng.uniform(0.95, 1.05))})
     return {"rows": rows}
@@ -188,7 +230,7 @@ def _method(rng: np.random.Generator, rate: float, emotions: tuple[str, ...], la
 
 
 def texts(rng: np.random.Generator, emotions: tuple[str, ...], scenarios: int) -> list[dict[str, Any]]:
-    words = "paper window kettle morning letter garden road engine winter table river lamp".split()
+    words = ["paper", "window", "kettle", "morning", "letter", "garden", "road", "engine", "winter", "table"]
     rows = []
     for i in range(scenarios):
         theme, valence = ("Work", "Travel", "Family")[i % 3], ("positive", "neutral", "negative")[i // 3 % 3]
@@ -201,9 +243,18 @@ def texts(rng: np.random.Generator, emotions: tuple[str, ...], scenarios: int) -
                 asked = f"{prompt} Answer with {emotion}." if method == "prompted" else prompt
                 rows.append(
                     {**base, "method": method, "emotion": emotion, "prompt": asked, "named": named}
-                    | {"text": "Synthetic text: the " + " ".join(rng.choice(words, 36)) + ".", "degenerate": broken}
-                    | {"predicted": emotion if expressed else "neutral", "target_probability": float(rng.random())}
+                    | {
+                        "text": "Synthetic text: the " + " ".join(rng.choice(words, 36)) + ".",
+                        "degenerate": broken,
+                    }
+                    | {
+                        "predicted": emotion if expressed else "neutral",
+                        "target_probability": float(rng.random()),
+                    }
                     | {"expressed": expressed, "coherent": expressed and not (named or broken)}
-                    | {"reason": "one word repeats" if broken else "", "perplexity": float(rng.uniform(6, 20))}
+                    | {
+                        "reason": "one word repeats" if broken else "",
+                        "perplexity": float(rng.uniform(6, 20)),
+                    }
                 )
     return rows

@@ -154,7 +154,9 @@ class _Reader:
         silent = [key for key in self.keys if key not in self.values]
         if silent:
             site, layer = silent[0]
-            raise HookError(f"site {site!r} at layer {layer} never fired during the forward pass; nothing was read there")
+            raise HookError(
+                f"site {site!r} at layer {layer} never fired during the forward pass; nothing was read there"
+            )
         for (site, layer), value in self.values.items():
             if not torch.isfinite(value).all():
                 raise HookError(
@@ -277,7 +279,7 @@ def _check_padding(model: nn.Module, batch: dict[str, Any]) -> None:
     pad = getattr(config, "pad_token_id", None)
     limit = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
     if isinstance(ids, Tensor) and limit and ids.shape[-1] > limit:
-        raise InputError(f"the input has {ids.shape[-1]} tokens, longer than this model's context of {limit}; shorten it")
+        raise InputError(f"the input has {ids.shape[-1]} tokens, more than this model's context of {limit}; shorten it")
     if mask is None and isinstance(ids, Tensor) and len(ids) > 1 and pad is not None:
         edge = ids[:, [0, -1]] == pad
         if edge.any() and not edge.all(0).any():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Edit:
     positions: str | Sequence[Any] = "all"
     rows: Sequence[int] | None = None
 
-    def transform(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:  # noqa: ARG002
         """New values of x [B, T, width] (head sites: [B, T, heads, head_dim]); `units` are already selected."""
         raise TypeError("use a subclass of Edit, such as Add or Ablate")
 
@@ -60,7 +60,10 @@ def _rowwise(value: Tensor | float, x: Tensor, per_row_dim: int) -> Tensor | flo
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Add(Edit):
-    """x + coefficient * vector. vector: [width] or per row [B, width] (heads: [units, head_dim]); coefficient: number or [B]."""
+    """x + coefficient * vector.
+
+    vector: [width] or per row [B, width] (heads: [units, head_dim]); coefficient: number or [B].
+    """
 
     vector: Tensor
     coefficient: float | Tensor = 1.0
@@ -246,7 +249,7 @@ class _Compiled:
         for point, number, edit in self.items:
             view = point.read(x)
             mask = self._mask(edit, view)
-            if mask is False:
+            if isinstance(mask, bool):  # nowhere in this pass
                 continue
             new = self._edited(number, edit, view, mask)
             x = new if point.part is None and point.interleaved is None and point.heads is None else point.write(x, new)
@@ -275,12 +278,12 @@ class _Compiled:
             self._moved[key] = replace(edit, **moved) if moved else edit
         return self._moved[key]
 
-    def _mask(self, edit: Edit, x: Tensor) -> Tensor | None | bool:
+    def _mask(self, edit: Edit, x: Tensor) -> Tensor | None | Literal[False]:
         """None: everywhere; False: nowhere in this pass; else [B, T] True where the edit applies."""
         if isinstance(edit.positions, str) and edit.positions == "all" and edit.rows is None:
             return None
         mask = _position_mask(edit, x, self.tracker.current)
-        if mask is False or edit.rows is None:
+        if isinstance(mask, bool) or edit.rows is None:
             return mask
         rows = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
         rows[_beam_rows(edit.rows, x.shape[0], edit)] = True
@@ -293,7 +296,7 @@ def _beam_rows(rows: Sequence[int], batch: int, edit: Edit) -> list[int]:
     return list(rows)
 
 
-def _position_mask(edit: Edit, x: Tensor, current: fw.Forward | None) -> Tensor | None | bool:
+def _position_mask(edit: Edit, x: Tensor, current: fw.Forward | None) -> Tensor | None | Literal[False]:
     policy = edit.positions
     if policy == "all":
         return None
@@ -303,7 +306,7 @@ def _position_mask(edit: Edit, x: Tensor, current: fw.Forward | None) -> Tensor 
         return nn.functional.one_hot(current.last(x.device), current.length).bool()
     if policy in ("prompt", "generated"):
         return _phase_mask(policy == "prompt", x, current)
-    spans = [[s] if isinstance(s, tuple) else list(s) for s in policy]
+    spans: list[Any] = [[s] if isinstance(s, tuple) else list(s) for s in policy]
     if x.shape[0] % len(spans):
         raise InputError(f"{edit.described()}: spans are given for {len(spans)} rows, the batch has {x.shape[0]}")
     spans = [s for s in spans for _ in range(x.shape[0] // len(spans))]
@@ -315,7 +318,7 @@ def _position_mask(edit: Edit, x: Tensor, current: fw.Forward | None) -> Tensor 
     return mask if bool(mask.any()) else False
 
 
-def _phase_mask(prompt: bool, x: Tensor, current: fw.Forward) -> Tensor | None | bool:
+def _phase_mask(prompt: bool, x: Tensor, current: fw.Forward) -> Tensor | None | Literal[False]:
     """Columns of the prompt or of the generated part; the common cases need no mask at all."""
     end = current.past + current.length
     if end <= current.prompt_length:
@@ -376,7 +379,9 @@ class Installed:
         as_bias = {i for i, _ in biases}
         if compile_to == "bias" and len(biases) < len(numbered):
             bad = next(e for i, e in numbered if i not in as_bias)
-            raise HookError(f"{bad.described()} cannot be a bias of this {anatomy.structure} model; use compile_to='hook'")
+            raise HookError(
+                f"{bad.described()} cannot be a bias of this {anatomy.structure} model; use compile_to='hook'"
+            )
         hooked: dict[tuple[str, str], list[tuple[Any, int, Edit]]] = {}
         for i, e in numbered:
             if i not in as_bias:
@@ -401,6 +406,8 @@ class Installed:
         silent = [e for i, e in enumerate(self.edits) if i not in self.fired]
         if silent and self.tracker.count:
             where = silent[0].described()
-            raise HookError(f"{where} never fired in {self.tracker.count} forward pass(es) (positions: {silent[0].positions!r})")
+            raise HookError(
+                f"{where} never fired in {self.tracker.count} forward pass(es) (positions: {silent[0].positions!r})"
+            )
         if silent:
             raise HookError(f"{silent[0].described()} never fired: no forward pass of this model ran inside the block")

@@ -122,8 +122,7 @@ def _key_mask(mask: Any) -> Tensor | None:
     if not isinstance(mask, Tensor):
         return None
     if mask.dim() == 4:
-        row = mask[:, 0].any(1) if mask.dtype == torch.bool else (mask[:, 0] > torch.finfo(mask.dtype).min / 2).any(1)
-        return row
+        return (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2).any(1)
     if mask.dim() != 2:
         return None
     return mask.bool()
@@ -135,10 +134,11 @@ def hidden_of(value: Any) -> Tensor:
 
 
 def replace_hidden(value: Any, new: Tensor) -> Any:
-    return new if isinstance(value, Tensor) else type(value)((new, *value[1:])) if type(value) is tuple else _put(value, new)
-
-
-def _put(value: Any, new: Tensor) -> Any:
+    """The module's output with its hidden-state tensor replaced."""
+    if isinstance(value, Tensor):
+        return new
+    if type(value) is tuple:
+        return (new, *value[1:])
     value[0] = new
     return value
 

@@ -92,5 +92,3 @@ def probabilities(
     else:
         scores = scores + mask[..., :k_len]
     return scores.softmax(-1)
-
-

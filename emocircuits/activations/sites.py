@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import InputError, unknown
 
@@ -53,21 +53,19 @@ def expand_layers(layers: int | str | Iterable[int] | None, n_layers: int) -> li
     return [int(layer) % n_layers for layer in wanted]
 
 
-def expand_sites(
-    request: SiteRequest, layers: int | str | Iterable[int] | None, anatomy: Anatomy
-) -> list[Key]:
+def expand_sites(request: SiteRequest, layers: int | str | Iterable[int] | None, anatomy: Anatomy) -> list[Key]:
     """(site, layer) keys of a request such as "resid_post", ["z", ("q", 3)] or {"resid_post": [4, 5]}.
 
     `layers` applies to every site that does not name its own. Raises InputError for unknown names.
     """
     if isinstance(request, Mapping):
-        pairs = [(site, own) for site, own in request.items()]
+        pairs: list[Any] = list(request.items())
     else:
         single = isinstance(request, str) or (
             isinstance(request, tuple) and len(request) == 2 and isinstance(request[1], int)
         )
-        items = [request] if single else list(request)
-        pairs = [(item, layers) if isinstance(item, str) else item for item in items]  # type: ignore[misc]
+        items: list[Any] = [request] if single else list(request)
+        pairs = [(item, layers) if isinstance(item, str) else item for item in items]
     keys: dict[Key, None] = {}
     for site, own in pairs:
         check_site(str(site))

@@ -182,9 +182,7 @@ class ActivationStore:
         """A lazy [rows, width] view of one key. Raises InputError for a key that is not stored."""
         return ActivationArray(self, key, self.width(key))
 
-    def iter_batches(
-        self, key: Key, batch_size: int, shuffle: bool = False, seed: int = 0
-    ) -> Iterator[Tensor]:
+    def iter_batches(self, key: Key, batch_size: int, shuffle: bool = False, seed: int = 0) -> Iterator[Tensor]:
         """Batches [batch_size, width] of every committed row once (the last may be short).
 
         `shuffle` draws one order of all rows from `seed`; pass another seed for another epoch. Raises
@@ -225,18 +223,14 @@ class ActivationStore:
             try:
                 self._maps[name] = safe_open(self.path / f"{name}.safetensors", framework="pt")
             except (OSError, SafetensorError) as error:
-                raise ArtefactError(
-                    f"cannot read shard {name} of {self.path} ({error}); make it again"
-                ) from error
+                raise ArtefactError(f"cannot read shard {name} of {self.path} ({error}); make it again") from error
         return self._maps[name]
 
     def _read_records(self, shard: dict[str, Any]) -> list[dict[str, Any]]:
         file = self.path / f"{shard['name']}.jsonl"
         records = read_jsonl(file)
         if len(records) != shard["rows"]:
-            raise ArtefactError(
-                f"{file} holds {len(records)} records for {shard['rows']} rows; make it again"
-            )
+            raise ArtefactError(f"{file} holds {len(records)} records for {shard['rows']} rows; make it again")
         return records
 
     # --------------------------------------------------------------------------------------------- writing
@@ -248,9 +242,7 @@ class ActivationStore:
         fit, or when the disk is full; HookError for NaN or infinite activations.
         """
         if not self._writable:
-            raise InputError(
-                f"{self.path} is not open for writing; use ActivationStore.create(..., resume=True)"
-            )
+            raise InputError(f"{self.path} is not open for writing; use ActivationStore.create(..., resume=True)")
         rows = self._checked_rows(tensors)
         n = len(next(iter(rows.values())))
         records = checked_records(meta, n)
@@ -276,9 +268,7 @@ class ActivationStore:
             tensor, width = tensors[key], self._known_width(key)
             if tensor.ndim != 2 or not tensor.is_floating_point() or width not in (None, tensor.shape[1]):
                 wanted = f"[n, {'width' if width is None else width}]"
-                raise InputError(
-                    f"{name_of(key)} must be floats {wanted}, got {tensor.dtype} {list(tensor.shape)}"
-                )
+                raise InputError(f"{name_of(key)} must be floats {wanted}, got {tensor.dtype} {list(tensor.shape)}")
             rows[key] = checked_finite(key, tensor.detach(), self.dtype)
         counts = {len(tensor) for tensor in rows.values()}
         if len(counts) > 1:

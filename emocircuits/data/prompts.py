@@ -49,7 +49,11 @@ WORDINGS: tuple[Wording, ...] = (
         "By then I was {}.",
         _forms("furious", "heartbroken", "delighted", "terrified", "astonished", "revolted"),
     ),
-    Wording("instruction", "I answered in a voice full of {}.", _forms("rage", "grief", "joy", "dread", "shock", "revulsion")),
+    Wording(
+        "instruction",
+        "I answered in a voice full of {}.",
+        _forms("rage", "grief", "joy", "dread", "shock", "revulsion"),
+    ),
     Wording(
         "body",
         "{}",

@@ -34,7 +34,9 @@ def score_rows(rows: Sequence[Row], judge: Judge, thresholds: FluencyThresholds)
     bad, reasons = degenerate(texts, np.asarray([row["perplexity"] for row in rows], dtype=float), thresholds)
     targets = [row["emotion"] or "neutral" for row in rows]
     scores = score_expression(texts, targets, judge, bad)
-    verdicts = zip(scores.predicted, scores.target_probability, scores.expressed, scores.named, bad, reasons, scores.coherent)
+    verdicts = zip(
+        scores.predicted, scores.target_probability, scores.expressed, scores.named, bad, reasons, scores.coherent
+    )
     keys = ("predicted", "target_probability", "expressed", "named", "degenerate", "reason", "coherent")
     return [{**row, **{k: _plain(v) for k, v in zip(keys, verdict)}} for row, verdict in zip(rows, verdicts)]
 
@@ -44,7 +46,12 @@ def _plain(value: Any) -> Any:
 
 
 def summarise(
-    rows: Sequence[Row], emotions: Sequence[str], labels: Sequence[str], unsteered: dict[str, str], embed: Callable, seed: int
+    rows: Sequence[Row],
+    emotions: Sequence[str],
+    labels: Sequence[str],
+    unsteered: dict[str, str],
+    embed: Callable,
+    seed: int,
 ) -> dict[str, Any]:
     """Everything the report says about one method; intervals are clustered by scenario."""
     texts = [r["text"] for r in rows]
@@ -56,7 +63,9 @@ def summarise(
         "expression": interval(rows, "expressed", seed),
         "perplexity": dict(zip(("q25", "median", "q75"), map(number, quartiles))),
         "distinct_2": number(distinct_n(texts, 2)),
-        "opener_concentration": number(np.mean([opener_concentration(t) for t in _by_emotion(rows, emotions).values()])),
+        "opener_concentration": number(
+            np.mean([opener_concentration(t) for t in _by_emotion(rows, emotions).values()])
+        ),
         "repetition": number(np.mean([repetition_rate(t) for t in texts])),
         "length_words": number(np.mean([length_words(t) for t in texts])),
         "similarity_to_unsteered": number(np.nanmean(similarity)),
@@ -123,5 +132,3 @@ def number(value: Any) -> float | None:
     """A float, or None where it is not finite (JSON has no NaN)."""
     value = float(value)
     return value if np.isfinite(value) else None
-
-

@@ -39,7 +39,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `models.load` and `models.fingerprint` the functions: importing a submodule binds its name to the module."""
+    """Keeps `models.load` the function: importing a submodule would bind its name to the module."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _HOMES and isinstance(value, ModuleType):

@@ -232,11 +232,12 @@ def _from_structure(model: nn.Module) -> Anatomy:
     if final is None:
         raise InputError(f"no final norm among {[n for n, _ in decoder.named_children()]} of {family}; register it")
     reader.points["final_norm", 0] = Point(f"{prefix}{final}")
-    return reader.finish(prefix, path, len(blocks), f"{prefix}{final}", _lm_head(model), decoder)
+    return reader.finish(path, len(blocks), f"{prefix}{final}", _lm_head(model), decoder)
 
 
 def _lm_head(model: nn.Module) -> str | None:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", None)
+    head = find() if find else None
     return next((name for name, module in model.named_modules() if module is head), None) if head else None
 
 
@@ -310,7 +311,7 @@ class _BlockReader:
     def _qkv(self, attn: nn.Module, layer: int, path: str, n_heads: int, head_dim: int) -> None:
         kv_heads = n_heads
         if hasattr(attn, "q_proj"):
-            kv_heads = _features(attn.k_proj)[1] // head_dim
+            kv_heads = _features(attn.get_submodule("k_proj"))[1] // head_dim
             for site, heads in (("q", n_heads), ("k", kv_heads), ("v", kv_heads)):
                 self.points[site, layer] = Point(f"{path}.{site}_proj", heads=heads)
         elif hasattr(attn, "query_key_value"):
@@ -343,9 +344,7 @@ class _BlockReader:
         if self.structure in ("pre-norm", "parallel") and isinstance(down, nn.Linear):
             self.linear_out["mlp_out", layer] = self.linear_out["resid_post", layer] = f"{path}.{name}"
 
-    def finish(
-        self, prefix: str, path: str, n_layers: int, final_norm: str, lm_head: str | None, decoder: nn.Module
-    ) -> Anatomy:
+    def finish(self, path: str, n_layers: int, final_norm: str, lm_head: str | None, decoder: nn.Module) -> Anatomy:
         embedding = next(child for child in decoder.children() if isinstance(child, nn.Embedding))
         return Anatomy(
             family=self.family,

@@ -69,7 +69,9 @@ def demo_path() -> Path:
                 _rebuild(folder)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise InputError(f"cannot prepare the demo model in {folder.parent}: {reason}; set EMOCIRCUITS_CACHE") from error
+        raise InputError(
+            f"cannot prepare the demo model in {folder.parent}: {reason}; set EMOCIRCUITS_CACHE"
+        ) from error
     return folder
 
 

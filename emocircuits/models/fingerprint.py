@@ -59,7 +59,8 @@ def _weights_hash(model: nn.Module) -> str:
         if parameter.device.type == "meta" or not parameter.is_floating_point():
             continue
         flat = parameter.detach().reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, min(N_ENTRIES, flat.numel()), device=flat.device).long()
+        count = min(N_ENTRIES, flat.numel())
+        places = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
         digest.update(flat[places].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -37,7 +37,9 @@ class Loaded:
     def require_chat_template(self) -> None:
         """Raise InputError when the tokenizer has no chat template."""
         if not getattr(self.tokenizer, "chat_template", None):
-            raise InputError(f"{self.name} has no chat template; use plain text prompts, or load its instruction-tuned sibling")
+            raise InputError(
+                f"{self.name} has no chat template; use plain text prompts, or load its instruction-tuned sibling"
+            )
 
 
 def load(
@@ -73,12 +75,19 @@ def load(
     config = _config(source, name, revision, trust_remote_code)
     _check_memory(source, name, config, dtype, device, device_map)
     model = _auto_class(config).from_pretrained(
-        source, dtype=dtype or "auto", device_map=device_map, revision=revision, trust_remote_code=trust_remote_code, **kwargs
+        source,
+        dtype=dtype or "auto",
+        device_map=device_map,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        **kwargs,
     )
     if device is not None:
         model = model.to(device)
     processor = _processor(source, config, revision, trust_remote_code)
-    tokenizer = tokenizer or getattr(processor, "tokenizer", None) or _tokenizer(source, name, revision, trust_remote_code)
+    tokenizer = (
+        tokenizer or getattr(processor, "tokenizer", None) or _tokenizer(source, name, revision, trust_remote_code)
+    )
     return Loaded(model.eval(), _with_pad(tokenizer), name, getattr(config, "_commit_hash", None), processor)
 
 
@@ -136,7 +145,9 @@ def _auto_class(config: Any) -> Any:
         auto = getattr(transformers, name, None)
         if auto is not None and type(config) in auto._model_mapping:
             return auto
-    raise InputError(f"{config.model_type} is no generative model that transformers can load by itself; pass the loaded model")
+    raise InputError(
+        f"{config.model_type} is no generative model that transformers can load by itself; pass the loaded model"
+    )
 
 
 def _processor(source: str, config: Any, revision: str | None, trust_remote_code: bool) -> Any:
@@ -156,7 +167,9 @@ def _tokenizer(source: str, name: str, revision: str | None, trust_remote_code: 
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except ImportError as error:
-        raise MissingPackageError(f"the tokenizer of {name} needs another package: pip install sentencepiece") from error
+        raise MissingPackageError(
+            f"the tokenizer of {name} needs another package: pip install sentencepiece"
+        ) from error
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{name} has no tokenizer that can be read ({_first_line(error)}); pass tokenizer=") from error
 
@@ -197,8 +210,8 @@ def _check_memory(source: str, name: str, config: Any, dtype: Any, device: Any, 
     free = _available(device)
     if free is not None and needed > free:
         raise InputError(
-            f"{name} needs {needed / GIB:.1f} GiB in {str(wanted).removeprefix('torch.')}, but {free / GIB:.1f} GiB are free;"
-            " use a smaller dtype (dtype=torch.bfloat16) or device_map='auto'"
+            f"{name} needs {needed / GIB:.1f} GiB in {str(wanted).removeprefix('torch.')}, but {free / GIB:.1f} GiB are"
+            " free; use a smaller dtype (dtype=torch.bfloat16) or device_map='auto'"
         )
 
 

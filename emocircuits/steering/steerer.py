@@ -203,4 +203,3 @@ class Steerer:
 
 def _same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return a.get("config_sha256") == b.get("config_sha256")
-

@@ -1,0 +1,34 @@
+# Two commands do everything on a machine with Python 3.10+ and a package index:
+#   make demo   find emotion directions in a real model, steer it, score it; open runs/demo/report.html
+#   make test   run the tests
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+INSTALL = $(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint bench
+
+demo: $(VENV)/demo.done
+	$(RUN)/emocircuits demo --out runs/demo
+
+test: $(VENV)/dev.done
+	$(RUN)/python -m pytest
+
+lint: $(VENV)/dev.done
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/pyright --pythonpath $(RUN)/python
+
+bench: $(VENV)/dev.done
+	$(RUN)/python experiments/benchmarks/run.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo.done: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e ".[demo]"
+	touch $@
+
+$(VENV)/dev.done: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e ".[demo,lens,dev]"
+	touch $@
