@@ -28,15 +28,14 @@ def headline(data: RunData) -> list[str]:
     return [sentence for sentence in said if sentence] or ["Nothing has been measured in this run yet."]
 
 
-def _direction_result(data: RunData) -> tuple[Data, Data | None, Data]:
-    """The first direction set, its held-out-theme test, and that test's row at the chosen layer."""
+def _direction_result(data: RunData) -> tuple[Data, Data]:
+    """The first direction set, and the row of its held-out-theme test at the chosen layer."""
     found = ((data.quality or {}).get("sets") or [{}])[0]
-    test = sections.held_out_test(found)
-    return found, test, sections.row_at(test, found.get("best_layer"))
+    return found, sections.row_at(sections.held_out_test(found), found.get("best_layer"))
 
 
 def _said_directions(data: RunData) -> str:
-    found, test, row = _direction_result(data)
+    found, row = _direction_result(data)
     if not row or number(row.get("accuracy")) is None:
         return ""
     chance = 1 / len(data.emotions)
@@ -47,9 +46,8 @@ def _said_directions(data: RunData) -> str:
     null = _null_limit(data, found)
     beside = f"chance {chance:.2f}" + ("" if null is None else f", shuffled labels up to {null:.2f}")
     return (
-        f"{start}: read at layer {esc(found.get('best_layer'))}, they tell {goal} apart on "
-        f"{esc((test or {}).get('name', 'held-out data'))} with accuracy "
-        f"{interval(sections.as_interval(row), '.2f')} ({beside}).{end}"
+        f"{start}: read at layer {esc(found.get('best_layer'))}, they tell {goal} apart on themes "
+        f"never used in fitting with accuracy {interval(sections.as_interval(row), '.2f')} ({beside}).{end}"
     )
 
 
@@ -95,14 +93,14 @@ def _said_targets(data: RunData) -> str:
     missed = [f"{esc(t.name)} (wanted {esc(t.goal)}, measured {t.measured})" for t in found if not t.met]
     if not found:
         return ""
+    checked = "" if len(found) == len(targets(data)) else " that could be checked"
     if not missed:
-        checked = "" if len(found) == len(targets(data)) else " that could be checked"
         return f"All {len(found)} targets{checked} are met."
-    return f"{len(found) - len(missed)} of {len(found)} targets are met; missed: {'; '.join(missed)}."
+    return f"{len(found) - len(missed)} of {len(found)} targets{checked} are met; missed: {'; '.join(missed)}."
 
 
 def _tiles(data: RunData) -> str:
-    *_, row = _direction_result(data)
+    _, row = _direction_result(data)
     tiles = []
     if data.quality:
         tiles.append(("Direction accuracy, held-out themes", interval(sections.as_interval(row), ".2f")))
@@ -136,7 +134,7 @@ class Target:
 
 def targets(data: RunData) -> list[Target]:
     """The five targets of a demo run, judged from its data alone."""
-    *_, row = _direction_result(data)
+    _, row = _direction_result(data)
     steered = data.methods.get("steered") or {}
     found = [
         _target("accuracy of the directions on held-out themes", "≥ 0.90", sections.as_interval(row), 0.90, ".2f"),

@@ -83,9 +83,10 @@ def table(
         cells = "".join(f"<td>{cell}</td>" for cell in rest)
         body.append(f'<tr{mark}><th scope="row">{first}</th>{cells}</tr>')
     kind = "scroll wide" if wide else "scroll"
-    name = esc(_plain(caption))
+    name = esc(_plain(caption) or ", ".join(map(_plain, head)))
+    above = f'<p class="caption">{caption}</p>' if caption else ""
     return (
-        f'<p class="caption">{caption}</p><div class="{kind}" role="region" tabindex="0" aria-label="{name}">'
+        f'{above}<div class="{kind}" role="region" tabindex="0" aria-label="{name}">'
         f'<table aria-label="{name}"><thead><tr>{columns}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )

@@ -275,17 +275,10 @@ def _best_layers(quality: Data) -> str:
             row = row_at(test, found.get("best_layer"))
             recall = row.get("recall") or {}
             name = f"{esc(found['name'])}, {esc(test.get('name'))}"
+            name += f'<span class="what">{esc(test.get("what", ""))}</span>'
             scores = [interval(as_interval(row), ".2f"), num(row.get("auroc"))]
-            what = f'<span class="what">{esc(test.get("what", ""))}</span>'
-            rows.append([name, esc(found.get("best_layer")), *scores, *(num(recall.get(e)) for e in emotions), what])
-    head = [
-        "set, test",
-        "layer",
-        "accuracy",
-        "AUROC",
-        *(f"recall, {esc(e)}" for e in emotions),
-        "what is tested",
-    ]
+            rows.append([name, esc(found.get("best_layer")), *scores, *(num(recall.get(e)) for e in emotions)])
+    head = ["set, test", "layer", "accuracy", "AUROC", *(f"recall, {esc(e)}" for e in emotions)]
     return table("Every test at the layer that training themes chose.", head, rows)
 
 
@@ -372,7 +365,10 @@ def judge(evaluation: Data) -> str:
         return note("The judge's own reliability was not recorded.")
     own, other = found.get("recall") or {}, found.get("held_out_replies") or {}
     second = other.get("recall") or {}
-    rows = [[emotion_label(k), pct(own.get(k)), pct(second.get(k))] for k in dict.fromkeys([*own, *second])]
+    rows = [
+        [emotion_label(k), pct(own.get(k)), pct(second.get(k), "no such replies")]
+        for k in dict.fromkeys([*own, *second])
+    ]
     accuracy = ["all", pct(found.get("cv_accuracy")), interval(other.get("accuracy"))]
     key = "accuracy_without_punctuation"
     bare = f"; without punctuation it is {pct(other[key])}" if key in other else ""

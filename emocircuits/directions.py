@@ -215,7 +215,7 @@ def _discriminant(x: Tensor, labels: np.ndarray, means: Tensor, method: str, see
             solved = np.linalg.solve(covariance, means[:, slot].numpy().T.astype(np.float64) / scale).T
         else:
             spread = rows.std(0) + 1e-9
-            probe = LogisticRegression(C=0.01, max_iter=500, random_state=seed).fit(rows / spread, labels)
+            probe = LogisticRegression(C=0.01, max_iter=200, tol=1e-3, random_state=seed).fit(rows / spread, labels)
             solved = (
                 probe.coef_ / spread if len(probe.coef_) > 1 else np.concatenate([-probe.coef_, probe.coef_]) / spread
             )

@@ -64,10 +64,10 @@ def emotion_color(emotion: str) -> str:
 def quality_by_layer(direction_set: Row, layers: Sequence[int], chance: float, measure: str = "accuracy") -> go.Figure:
     """Held-out `measure` ("accuracy" or "auroc") of one direction set at every layer, one line per test.
 
-    `direction_set` is an entry of quality.json's "sets". Accuracy carries its interval, the accuracy across
+    `direction_set` is an entry of quality.json's "sets". Accuracy carries the first test's interval, the accuracy across
     training themes that chose the layer, and the shuffled-label null from its mean to its upper limit.
     """
-    fig = figure("layer", "AUROC" if measure == "auroc" else measure)
+    fig = figure("layer", "AUROC" if measure == "auroc" else measure, height=430)
     if measure == "accuracy":
         _null_band(fig, direction_set.get("null") or {}, layers)
         across = direction_set.get("across_themes")
@@ -105,7 +105,7 @@ def _test_line(fig: go.Figure, test: Row, measure: str, i: int) -> None:
     rows = sorted(test.get("rows") or [], key=lambda row: row["layer"])
     color, name = _LINE_COLORS[i % len(_LINE_COLORS)], text(test.get("name", "test"))
     x = [row["layer"] for row in rows]
-    if measure == "accuracy":
+    if measure == "accuracy" and i == 0:  # one band: those of every test at once would hide the lines
         banded = [r for r in rows if number(r.get("low")) is not None and number(r.get("high")) is not None]
         edge = [r["layer"] for r in banded]
         fig.add_scatter(

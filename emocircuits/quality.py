@@ -72,8 +72,9 @@ def _shuffle_within(groups: Sequence[str], labels: Sequence[str], rng: np.random
         members.setdefault(group, []).append(i)
     out = [str(label) for label in labels]
     for index in members.values():
-        for target, source in zip(index, [index[i] for i in rng.permutation(len(index)).tolist()]):
-            out[target] = labels[source]
+        drawn = [out[i] for i in rng.permutation(index).tolist()]
+        for target, label in zip(index, drawn):
+            out[target] = label
     return out
 
 

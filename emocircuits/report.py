@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from emocircuits import _report_sections as sections
@@ -31,17 +31,24 @@ def write_report(run_path: str | Path) -> Path:
 def render(data: RunData) -> str:
     """The report as one HTML document."""
     page = Page(f"Emotion in {data.model}: directions and steering")
+    absent: dict[str, list[str]] = {}
     for anchor, title, needs, build in _SECTIONS:
         missing = [name for name in needs if getattr(data, name) is None]
-        body = _missing(data, missing) if missing else build(page, data)
-        page.add(anchor, title, body)
+        for name in missing:
+            absent.setdefault(name, []).append(title)
+        if not missing:
+            page.add(anchor, title, build(page, data))
+    if absent:
+        page.add("missing", "Not in this run yet", _missing(data, absent))
     return page.render(header(page.title, data))
 
 
-def _missing(data: RunData, names: list[str]) -> str:
-    files = " and ".join(f"<code>{n}.{'jsonl' if n == 'texts' else 'json'}</code>" for n in names)
+def _missing(data: RunData, absent: Mapping[str, list[str]]) -> str:
+    """What a partial run lacks: the file, the sections that need it, and the command that makes it."""
+    rows = [[f"{name}.{'jsonl' if name == 'texts' else 'json'}", esc("; ".join(s))] for name, s in absent.items()]
     command = f"<code>emocircuits demo --out {esc(data.path.name)}</code>"
-    return note(f"This run has no {files} yet; {command} makes what is missing.")
+    words = f"<p>These files are missing, and so are the sections that show them. {command} makes what is missing.</p>"
+    return words + table("", ["file", "sections"], rows, wide=False)
 
 
 # --------------------------------------------------------------------------------------------------- sections

@@ -160,9 +160,14 @@ def test_figure_text_is_not_markup() -> None:
 def test_a_missing_stage_is_a_note_that_names_the_command(tmp_path: Path, name: str) -> None:
     run = write_run(tmp_path / "part", scenarios=3)
     (run / name).unlink()
-    text = Reader(write_report(run).read_text("utf-8")).text
-    assert f"This run has no {name}" in text or f"and {name} yet" in text
-    assert "emocircuits demo --out part" in text
+    page = Reader(write_report(run).read_text("utf-8"))
+    assert "missing" in page.ids()
+    assert name in page.text
+    assert "emocircuits demo --out part" in page.text
+
+
+def test_a_whole_run_lacks_nothing(page: Reader) -> None:
+    assert "missing" not in page.ids()
 
 
 def test_a_run_without_any_stage_still_gives_a_page(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import HookError, InputError, unknown
 from ..models.anatomy import Anatomy, Point, resolve, unwrap
+from ..models.lens import hooked_inputs, is_hooked
 from . import forward as fw
 from .sites import Key, SiteRequest, expand_sites
 
@@ -62,16 +64,14 @@ class _Reader:
         into: Callable[[Key, Tensor], None] | None = None,
     ) -> None:
         self.anatomy = resolve(model)
-        self.points = {key: self.anatomy.point(*key) for key in keys if key[0] != "pattern"}
-        self.patterns = [layer for site, layer in keys if site == "pattern"]
-        if reduce not in (None, "mean"):
-            raise unknown("reduction", reduce, ("mean", "None"))
+        self.patterns = [key[1] for key in keys if key[0] == "pattern" and key not in self.anatomy.points]
+        self.points = {key: self.anatomy.point(*key) for key in keys if key[0] != "pattern" or key in self.anatomy.points}
         self.model, self.keys, self.positions = model, keys, positions
         self.reduce, self.stop, self.into = reduce, stop, into
         self.tracker = fw.ForwardTracker(model, self.anatomy)
         self.values: dict[Key, Tensor] = {}
         self.valid: Tensor | None = None
-        self._plan: tuple[int, Any] | None = None
+        self._planned: tuple[int, fw.Plan] | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -93,7 +93,10 @@ class _Reader:
     def _hook(self, wanted: list[tuple[Key, Point]]) -> Callable[[Tensor], None]:
         def read(x: Tensor) -> None:
             for key, point in wanted:
-                self._keep(key, self._select(_batched(point.read(x), self.tracker.current)))
+                if key[0] == "pattern":
+                    self._keep(key, x)
+                else:
+                    self._keep(key, self._plan(x.device).select(_batched(point.read(x), self.tracker.current)))
 
         return read
 
@@ -110,44 +113,14 @@ class _Reader:
     def _keep_pattern(self, layer: int, probabilities: Tensor) -> None:
         self._keep(("pattern", layer), probabilities)
 
-    def _select(self, x: Tensor) -> Tensor:
-        """The wanted positions of x [B, T, ...], or their mean."""
-        kind, plan = self._position_plan(x.device)
-        if kind == "all":
-            return x
-        if kind == "mean":
-            weights, single = plan
-            flat = torch.einsum("bst,btd->bsd", weights.to(x.dtype), x.flatten(2)).unflatten(-1, x.shape[2:])
-            return flat[:, 0] if single else flat
-        columns, squeeze = plan
-        rows = torch.arange(x.shape[0], device=x.device)[:, None]
-        return x[rows[:, 0], columns[:, 0]] if squeeze else x[rows, columns]
-
-    def _position_plan(self, device: torch.device) -> tuple[str, Any]:
+    def _plan(self, device: torch.device) -> fw.Plan:
         """How to read this forward's positions, computed once per forward."""
-        current = self.tracker.current
-        if current is None:
+        if self.tracker.current is None:
             raise HookError("the decoder did not run before the block that was read; is the model wrapped?")
-        if self._plan is None or self._plan[0] != self.tracker.count:
-            self._plan = (self.tracker.count, self._make_plan(current, device))
-        return self._plan[1]
-
-    def _make_plan(self, current: fw.Forward, device: torch.device) -> tuple[str, Any]:
-        if fw.is_spans(self.positions):
-            if self.reduce is None:
-                raise InputError("spans need reduce='mean'; to keep every token, read positions='all' and slice")
-            weights, single = fw.span_weights(self.positions, current, device)  # type: ignore[arg-type]
-            self.valid = weights.sum(-1) > 0
-            return "mean", (weights, single)
-        columns, valid, squeeze = fw.position_weights(self.positions, current, device)
-        self.valid = valid
-        if self.reduce == "mean":
-            chosen = nn.functional.one_hot(columns, current.length) * valid[..., None]
-            weights = chosen.sum(1, keepdim=True) / valid.sum(-1)[:, None, None]
-            return "mean", (weights, True)
-        if self.positions == "all":
-            return "all", None
-        return "columns", (columns, squeeze)
+        if self._planned is None or self._planned[0] != self.tracker.count:
+            self._planned = (self.tracker.count, fw.plan(self.positions, self.reduce, self.tracker.current, device))
+            self.valid = self._planned[1].valid
+        return self._planned[1]
 
     def check(self) -> None:
         """Raise HookError when a site never fired, or when a value is NaN or infinite."""
@@ -202,9 +175,13 @@ def capture(
     if backend == "nnsight":
         from .remote import capture_nnsight
 
+        if logits is not None or grad or into is not None:
+            raise InputError("backend='nnsight' reads activations only; drop `logits`, `grad` and `into`")
         return capture_nnsight(model, batch, keys, positions, reduce, remote=remote)
-    if backend != "torch":
-        raise unknown("backend", backend, ("torch", "nnsight"))
+    if backend != "torch" or remote:
+        raise unknown("backend for remote execution" if remote else "backend", backend, ("torch", "nnsight")[remote:])
+    _check_weights(module)
+    batch = adapt_inputs(module, batch)
     reader = _Reader(module, keys, positions, reduce, stop=logits is None, into=into)
     batch = {name: v.to(_device(module)) if isinstance(v, Tensor) else v for name, v in batch.items()}
     wanted: Tensor | None = None
@@ -245,7 +222,7 @@ def record(
         reader.values.clear()
 
     with _compiled_hooks(model), reader.installed():
-        handle = module.register_forward_hook(close)
+        handle = module.get_submodule(reader.anatomy.last).register_forward_hook(close)
         try:
             yield steps
         finally:
@@ -261,6 +238,36 @@ def as_inputs(inputs: Mapping[str, Any] | Tensor) -> dict[str, Any]:
     if not isinstance(inputs, Mapping):
         raise InputError("inputs must be a mapping such as tokenizer(texts, return_tensors='pt'), or a tensor of ids")
     return dict(inputs)
+
+
+def adapt_inputs(module: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch as this model's forward takes it: other argument names, or positions counted from the padding on.
+
+    Raises InputError for inputs that the model cannot take.
+    """
+    if is_hooked(module):
+        return hooked_inputs(batch)
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    left_padded = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all())
+    if ids is None or not left_padded or "position_ids" in batch or not _learns_positions(module):
+        return batch
+    assert isinstance(mask, Tensor)
+    return {**batch, "position_ids": (mask.long().cumsum(-1) - 1).clamp_min(0)}
+
+
+def _learns_positions(module: nn.Module) -> bool:
+    """Whether absolute positions matter: the model takes position ids and has no rotary embedding."""
+    config = getattr(module, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    takes = "position_ids" in inspect.signature(type(module).forward).parameters
+    return takes and getattr(text, "rope_parameters", None) is None
+
+
+def _check_weights(module: nn.Module) -> None:
+    if all(p.is_meta for p in module.parameters()):
+        raise InputError(
+            "the model holds no weights yet; load it first (nnsight: dispatch=True), or use backend='nnsight'"
+        )
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -10,8 +10,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..errors import HookError, InputError
+from ..errors import HookError, InputError, unknown
 from ..models.anatomy import Anatomy
+
+TOKEN_NAMES = ("input_ids", "inputs_embeds", "resid_pre")  # the last: a TransformerLens block
 
 Span: TypeAlias = tuple[int, int]
 Positions: TypeAlias = "str | int | Sequence[int] | Sequence[Span] | Sequence[Sequence[Span]] | Tensor"
@@ -81,15 +83,12 @@ class ForwardTracker:
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         named = self._named(module, args, kwargs)
-        tokens = next((named[k] for k in ("input_ids", "inputs_embeds", "input") if named.get(k) is not None), None)
+        tokens = next((named[k] for k in TOKEN_NAMES if named.get(k) is not None), None)
         if tokens is None:
             raise HookError("the decoder was called without input_ids or inputs_embeds, so positions are unknown")
-        cache = named.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
-        mask = self._outer_mask if self._outer_mask is not None else _key_mask(named.get("attention_mask"))
-        batch, length = tokens.shape[0], tokens.shape[1]
-        if mask is not None and mask.shape[-1] != past + length:
-            mask = mask[:, : past + length] if mask.shape[-1] > past + length else None
+        batch, length, past = tokens.shape[0], tokens.shape[1], _cached_length(named)
+        masks = (self._outer_mask, _key_mask(named.get("attention_mask")))
+        mask = next((m[:, : past + length] for m in masks if m is not None and m.shape[-1] >= past + length), None)
         self.current = Forward(batch, length, past, mask, self._prompt_length(tokens, past, length))
         self.count += 1
         self._outer_mask = None
@@ -103,16 +102,25 @@ class ForwardTracker:
             prompt = min(previous[1], past)
         else:
             old, prompt = previous
-            grown = tokens.dim() == 2 and length == old.shape[1] + 1 and old.shape[0] == tokens.shape[0]
+            grown = length == old.shape[1] + 1 and old.shape == tokens[:, :-1].shape
             if not (grown and torch.equal(tokens[:, :-1], old)):
                 prompt = length
-        kept = tokens if not past and tokens.dim() == 2 else (previous[0] if previous else tokens[:0])
+        kept = tokens if not past else (previous[0] if previous else tokens[:0])
         self._previous = (kept, prompt)
         return prompt
 
 
 def _positional_names(module: nn.Module) -> list[str]:
-    return [name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs")]
+    """Of the class, because libraries put wrappers with other signatures on the instance."""
+    return [name for name in list(inspect.signature(type(module).forward).parameters)[1:] if name not in ("args", "kwargs")]
+
+
+def _cached_length(named: dict[str, Any]) -> int:
+    """Tokens already in the KV cache (transformers' caches, or one block's entry in TransformerLens)."""
+    cache, entry = named.get("past_key_values"), named.get("past_kv_cache_entry")
+    if entry is not None:
+        return int(entry.past_keys.shape[1])
+    return int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
 
 
 def _key_mask(mask: Any) -> Tensor | None:
@@ -228,3 +236,48 @@ def span_weights(spans: Sequence[Any], forward: Forward, device: torch.device) -
             inside = (index[row] >= start) & (index[row] < stop) & real[row]
             weights[row, slot] = inside / inside.sum()
     return weights, single
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to keep of [B, T, ...]: `columns` [B, P] of each row, or means by `weights` [B, S, T], or everything."""
+
+    valid: Tensor
+    columns: Tensor | None = None
+    weights: Tensor | None = None
+    squeeze: bool = False
+    """Whether the dimension of positions (or spans) has length one and is dropped."""
+
+    def select(self, x: Tensor) -> Tensor:
+        """The wanted positions of x [B, T, ...], or their means."""
+        return select(x, self.columns, self.weights, self.squeeze)
+
+
+def plan(positions: Positions, reduce: str | None, forward: Forward, device: torch.device) -> Plan:
+    """How to read `positions` of one forward pass. Raises InputError for positions its rows do not have."""
+    if reduce not in (None, "mean"):
+        raise unknown("reduction", reduce, ("mean", "None"))
+    if is_spans(positions):
+        if reduce is None:
+            raise InputError("spans need reduce='mean'; to keep every token, read positions='all' and slice")
+        weights, single = span_weights(positions, forward, device)  # type: ignore[arg-type]
+        return Plan(weights.sum(-1) > 0, weights=weights, squeeze=single)
+    columns, valid, squeeze = position_weights(positions, forward, device)
+    if reduce == "mean":
+        chosen = nn.functional.one_hot(columns, forward.length) * valid[..., None]
+        return Plan(valid, weights=chosen.sum(1, keepdim=True) / valid.sum(-1)[:, None, None], squeeze=True)
+    if isinstance(positions, str) and positions == "all":
+        return Plan(valid)
+    return Plan(valid, columns=columns, squeeze=squeeze)
+
+
+def select(x: Tensor, columns: Tensor | None, weights: Tensor | None, squeeze: bool) -> Tensor:
+    """`Plan.select` as a function of tensors only, because it also travels to remote servers as source."""
+    if weights is not None:
+        kept = torch.einsum("bst,bt...->bs...", weights.to(x.device, x.dtype), x)
+    elif columns is not None:
+        rows = torch.arange(x.shape[0], device=x.device)[:, None]
+        kept = x[rows, columns.to(x.device)]
+    else:
+        return x
+    return kept[:, 0] if squeeze else kept

@@ -89,6 +89,10 @@ class Anatomy:
     missing: dict[str, str] = field(repr=False)
     linear_out: dict[Key, str] = field(repr=False)
     """(site, layer) -> Linear whose bias adds exactly there (pre-norm blocks only)."""
+    hook_points: bool = False
+    """Whether the points are TransformerLens HookPoints."""
+    last: str = ""
+    """Module whose return ends a forward pass; "" is the model itself."""
 
     def point(self, site: str, layer: int) -> Point:
         """The Point of a site; raises HookError when this architecture does not have it, with the reason."""
@@ -159,16 +163,19 @@ def register_structure(model_type: str, **roles: str) -> None:
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The torch module to hook: inside torch.compile, nnsight, or a plain module as it is."""
+    """The torch module to hook: inside torch.compile, nnsight, a TransformerBridge, or a plain module as it is."""
+    libraries = {parent.__module__.split(".")[0] for parent in type(model).__mro__}
+    if "nnsight" in libraries:
+        return unwrap(object.__getattribute__(model, "_module"))
     if hasattr(model, "_orig_mod"):
         return unwrap(model._orig_mod)
-    if type(model).__module__.split(".")[0] == "nnsight":
-        return unwrap(object.__getattribute__(model, "_module"))
-    if hasattr(model, "model") and not isinstance(model, nn.Module) and isinstance(model.model, nn.Module):
+    if "transformer_lens" in libraries and "original_model" in vars(model):
+        return unwrap(model.original_model)  # the transformers model that a TransformerBridge put its parts into
+    if isinstance(model, nn.Module):
+        return model
+    if hasattr(model, "model"):
         return unwrap(model.model)  # a Loaded
-    if not isinstance(model, nn.Module):
-        raise InputError(f"expected a torch model, got {type(model).__name__}")
-    return model
+    raise InputError(f"expected a torch model, got {type(model).__name__}")
 
 
 def resolve(model: Any) -> Anatomy:
@@ -176,18 +183,17 @@ def resolve(model: Any) -> Anatomy:
 
     Raises InputError when no decoder can be recognised, listing what was found.
     """
+    from .lens import is_lens, lens_anatomy
+
     module = unwrap(model)
-    if module not in _CACHE:
-        if type(module).__module__.startswith("transformer_lens"):
-            from .lens import lens_anatomy
-
-            _CACHE[module] = lens_anatomy(module)
-        else:
-            _CACHE[module] = _from_structure(module)
-    return _CACHE[module]
+    known = _CACHE.get(module)
+    if known is None or known.hook_points != is_lens(module.get_submodule(known.blocks[0])):  # bridged in place since
+        lens = any(map(is_lens, module.modules()))
+        known = _CACHE[module] = lens_anatomy(module) if lens else _from_structure(module)
+    return known
 
 
-def _child(module: nn.Module, names: tuple[str, ...], registered: str | None = None) -> str | None:
+def child_named(module: nn.Module, names: tuple[str, ...], registered: str | None = None) -> str | None:
     for name in (registered,) if registered else names:
         if isinstance(getattr(module, name, None), nn.Module):
             return name
@@ -205,14 +211,14 @@ def _block_lists(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str
                 yield path, module, name
 
 
-def _text_config(config: Any) -> Any:
+def text_config(config: Any) -> Any:
     if hasattr(config, "get_text_config"):
         return config.get_text_config(decoder=True)
     return config
 
 
 def _from_structure(model: nn.Module) -> Anatomy:
-    config = _text_config(getattr(model, "config", None))
+    config = text_config(getattr(model, "config", None))
     family = getattr(config, "model_type", type(model).__name__)
     roles = _STRUCTURES.get(family, {})
     found = list(_block_lists(model, (roles["blocks"],) if "blocks" in roles else BLOCK_LISTS))
@@ -228,14 +234,14 @@ def _from_structure(model: nn.Module) -> Anatomy:
     reader = _BlockReader(roles, config, family)
     for layer, block in enumerate(blocks):
         reader.read(block, layer, f"{prefix}{list_name}.{layer}")
-    final = _child(decoder, FINAL_NORM, roles.get("final_norm"))
+    final = child_named(decoder, FINAL_NORM, roles.get("final_norm"))
     if final is None:
         raise InputError(f"no final norm among {[n for n, _ in decoder.named_children()]} of {family}; register it")
     reader.points["final_norm", 0] = Point(f"{prefix}{final}")
-    return reader.finish(path, len(blocks), f"{prefix}{final}", _lm_head(model), decoder)
+    return reader.finish(path, len(blocks), f"{prefix}{final}", output_embeddings(model), decoder)
 
 
-def _lm_head(model: nn.Module) -> str | None:
+def output_embeddings(model: nn.Module) -> str | None:
     find: Any = getattr(model, "get_output_embeddings", None)
     head = find() if find else None
     return next((name for name, module in model.named_modules() if module is head), None) if head else None
@@ -256,8 +262,8 @@ class _BlockReader:
 
     def read(self, block: nn.Module, layer: int, path: str) -> None:
         self.blocks.append(path)
-        attn = _child(block, ATTENTION, self.roles.get("attention"))
-        mlp = _child(block, MLP, self.roles.get("mlp"))
+        attn = child_named(block, ATTENTION, self.roles.get("attention"))
+        mlp = child_named(block, MLP, self.roles.get("mlp"))
         if mlp is None:
             names = [n for n, _ in block.named_children()]
             raise InputError(
@@ -275,8 +281,8 @@ class _BlockReader:
         self._mlp(getattr(block, mlp), layer, f"{path}.{mlp}")
 
     def _residual(self, block: nn.Module, layer: int, path: str, attn: str | None, mlp: str) -> None:
-        post_mlp = _child(block, ("post_feedforward_layernorm",))
-        pre_mlp = _child(block, PRE_MLP_NORM, self.roles.get("pre_mlp_norm"))
+        post_mlp = child_named(block, ("post_feedforward_layernorm",))
+        pre_mlp = child_named(block, PRE_MLP_NORM, self.roles.get("pre_mlp_norm"))
         if post_mlp:  # the sublayer output passes a norm before it is added
             self.structure = "sandwich" if pre_mlp == "pre_feedforward_layernorm" else "post-norm"
             self.points["attn_out", layer] = Point(f"{path}.post_attention_layernorm")
@@ -294,31 +300,31 @@ class _BlockReader:
             self.points["resid_mid", layer] = Point(f"{path}.{pre_mlp}", "input")
 
     def _attention(self, attn: nn.Module, layer: int, path: str) -> None:
-        name = _child(attn, O_PROJ, self.roles.get("o_proj"))
+        name = child_named(attn, O_PROJ, self.roles.get("o_proj"))
         if name is None:
             self.missing[f"z.{layer}"] = "its attention has no output projection module"
             return
         o_proj = getattr(attn, name)
-        width = _features(o_proj)[0]
+        width = features(o_proj)[0]
         n_heads = int(self.config.num_attention_heads)
         head_dim = width // n_heads
         self.points["z", layer] = Point(f"{path}.{name}", "input", heads=n_heads)
         self._qkv(attn, layer, path, n_heads, head_dim)
-        self.shapes |= {"d_model": _features(o_proj)[1], "n_heads": n_heads, "head_dim": head_dim}
+        self.shapes |= {"d_model": features(o_proj)[1], "n_heads": n_heads, "head_dim": head_dim}
         if self.structure == "pre-norm" and isinstance(o_proj, nn.Linear):
             self.linear_out["attn_out", layer] = f"{path}.{name}"
 
     def _qkv(self, attn: nn.Module, layer: int, path: str, n_heads: int, head_dim: int) -> None:
         kv_heads = n_heads
         if hasattr(attn, "q_proj"):
-            kv_heads = _features(attn.get_submodule("k_proj"))[1] // head_dim
+            kv_heads = features(attn.get_submodule("k_proj"))[1] // head_dim
             for site, heads in (("q", n_heads), ("k", kv_heads), ("v", kv_heads)):
                 self.points[site, layer] = Point(f"{path}.{site}_proj", heads=heads)
         elif hasattr(attn, "query_key_value"):
             for index, site in enumerate("qkv"):
                 self.points[site, layer] = Point(f"{path}.query_key_value", heads=n_heads, interleaved=(index, 3))
-        elif fused := _child(attn, ("qkv_proj", "c_attn", "Wqkv")):
-            total, q_width = _features(getattr(attn, fused))[1], n_heads * head_dim
+        elif fused := child_named(attn, ("qkv_proj", "c_attn", "Wqkv")):
+            total, q_width = features(getattr(attn, fused))[1], n_heads * head_dim
             kv_width = (total - q_width) // 2
             kv_heads = kv_width // head_dim
             edges = {"q": (0, q_width), "k": (q_width, q_width + kv_width), "v": (q_width + kv_width, total)}
@@ -330,7 +336,7 @@ class _BlockReader:
         self.shapes["n_kv_heads"] = kv_heads
 
     def _mlp(self, mlp: nn.Module, layer: int, path: str) -> None:
-        name = _child(mlp, DOWN_PROJ, self.roles.get("down_proj"))
+        name = child_named(mlp, DOWN_PROJ, self.roles.get("down_proj"))
         if name is None:
             self.missing[f"mlp_post.{layer}"] = (
                 "its experts are one fused parameter without a down_proj module; use mlp_out instead"
@@ -340,7 +346,7 @@ class _BlockReader:
             return
         down = getattr(mlp, name)
         self.points["mlp_post", layer] = Point(f"{path}.{name}", "input")
-        self.shapes["d_mlp"] = _features(down)[0]
+        self.shapes["d_mlp"] = features(down)[0]
         if self.structure in ("pre-norm", "parallel") and isinstance(down, nn.Linear):
             self.linear_out["mlp_out", layer] = self.linear_out["resid_post", layer] = f"{path}.{name}"
 
@@ -367,7 +373,7 @@ class _BlockReader:
         )
 
 
-def _features(module: nn.Module) -> tuple[int, int]:
+def features(module: nn.Module) -> tuple[int, int]:
     """(in, out) features of a Linear, a transformers Conv1D (weight [in, out]) or a quantised Linear."""
     if hasattr(module, "in_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]

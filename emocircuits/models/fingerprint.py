@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ArtefactError
+from .lens import transformers_parameters
 
 N_PARAMETERS, N_ENTRIES = 64, 256
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "attn_implementation", "use_cache")
@@ -31,7 +32,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             "name": str(getattr(config, "_name_or_path", "") or type(model).__name__).rstrip("/").split("/")[-1],
             "revision": getattr(config, "_commit_hash", None),
             "architecture": type(model).__name__,
-            "n_params": sum(p.numel() for p in model.parameters()),
+            "n_params": sum(p.numel() for _, p in transformers_parameters(model)),
             "config_sha256": _config_hash(config),
             "weights_sha256": _weights_hash(model),
         }
@@ -51,7 +52,7 @@ def _stable(value: Any) -> Any:
 
 @torch.no_grad()
 def _weights_hash(model: nn.Module) -> str:
-    named = sorted(model.named_parameters(), key=lambda pair: pair[0])
+    named = sorted(transformers_parameters(model), key=lambda pair: pair[0])
     step = max(1, -(-len(named) // N_PARAMETERS))
     digest = hashlib.sha256()
     for name, parameter in named[::step]:
