@@ -71,9 +71,12 @@ def _said_steering(data: RunData) -> str:
         if name in data.methods
     ]
     beside = f"; {', '.join(others)}" if others else ""
+    lead = _difference(data, "random") or {}
+    low = number(lead.get("low"))
+    doubt = "" if low is None or low > 0 else " Steering is not clearly better than the random direction."
     return (
         f"Adding a direction makes the text express the wanted emotion coherently in "
-        f"{interval(steered.get('coherent'))} of held-out scenarios{beside}."
+        f"{interval(steered.get('coherent'))} of held-out scenarios{beside}.{doubt}"
     )
 
 

@@ -170,7 +170,7 @@ def fit(
 
     method: "diff_means"; "lda" (whitened by the shrunk within-emotion covariance); "logistic" (multinomial probe).
     norms: mean residual norms [n_layers] (default: norms of the readings). Raises InputError for fewer than two
-    emotions or groups, HookError naming the layer when readings hold NaN.
+    emotions or texts per emotion, HookError naming the layer when readings hold NaN.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
@@ -180,8 +180,8 @@ def fit(
         if not torch.isfinite(features.x[:, slot]).all():
             raise HookError(f"readings at layer {layer} hold NaN or infinite values")
     kept = features.complete(emotions)
-    if len(set(kept.groups)) < 2:
-        raise InputError("only one complete group of texts was given; at least two are needed to fit directions")
+    if min(kept.labels.count(e) for e in emotions) < 2:
+        raise InputError("only one text per emotion was given; at least two are needed to fit directions")
     x, labels = centre(kept), np.asarray([list(emotions).index(lab) for lab in kept.labels])
     means = torch.stack([x[torch.as_tensor(labels == e)].mean(0) for e in range(len(emotions))])
     means = means - means.mean(0)

@@ -64,8 +64,8 @@ def emotion_color(emotion: str) -> str:
 def quality_by_layer(direction_set: Row, layers: Sequence[int], chance: float, measure: str = "accuracy") -> go.Figure:
     """Held-out `measure` ("accuracy" or "auroc") of one direction set at every layer, one line per test.
 
-    `direction_set` is an entry of quality.json's "sets". Accuracy carries the first test's interval, the accuracy across
-    training themes that chose the layer, and the shuffled-label null from its mean to its upper limit.
+    `direction_set` is an entry of quality.json's "sets". Accuracy carries the interval of the first test, the
+    accuracy across training themes that chose the layer, and the shuffled-label null from mean to upper limit.
     """
     fig = figure("layer", "AUROC" if measure == "auroc" else measure, height=430)
     if measure == "accuracy":

@@ -174,7 +174,7 @@ def _read_batch(
     fill = tokenizer.pad_token_id if getattr(tokenizer, "pad_token_id", None) is not None else 0
     starts = [len(prefixes[o]) for o in owner]
     inside = all(ids and (begin or position != "last_prompt") for ids, begin in suffixes)
-    if inside and _has_cache(model):
+    if inside and all(prefixes) and _has_cache(model):
         ids, mask = _pad(prefixes, "left", fill)
         cache = _prefix_cache(model, ids, mask)
         cache.batch_select_indices(torch.tensor(owner, device=_device(model)))

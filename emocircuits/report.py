@@ -137,7 +137,7 @@ _SECTIONS: tuple[tuple[str, str, tuple[str, ...], Callable[[Page, RunData], str]
     (
         "cost",
         "Expression and cost",
-        ("tuning", "dose"),
+        ("tuning",),
         lambda p, d: sections.cost(p, d.tuning, d.dose, d.evaluation),
     ),
     ("dose", "Dose and response", ("dose",), lambda p, d: sections.dose_response(p, d.dose or {})),

@@ -121,7 +121,7 @@ def test_without_removes_exactly_the_named_span() -> None:
         (lambda f: fit(f, EMOTIONS, method="pca"), "choose from diff_means"),
         (lambda f: fit(f, EMOTIONS).steerer("anger", layers=[4]), "choose from 3, 7"),
         (lambda f: fit(f, EMOTIONS).steerer("love"), "choose from anger, sadness, fear"),
-        (lambda f: fit(f.where([g == "g0" for g in f.groups]), EMOTIONS), "only one complete group"),
+        (lambda f: fit(f.where([g == "g0" for g in f.groups]), EMOTIONS), "only one text per emotion"),
     ],
 )
 def test_bad_requests_are_one_clear_sentence(call, message: str) -> None:

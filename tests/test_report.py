@@ -118,6 +118,14 @@ def test_no_direction_is_claimed_when_the_interval_reaches_the_null(tmp_path: Pa
     assert "shows no reliable" in headline(read_run(run))[0]
 
 
+def test_a_steering_effect_within_its_control_is_called_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", scenarios=1)
+    assert "not clearly better" not in " ".join(headline(read_run(run)))
+    weak = {"estimate": 0.04, "low": -0.03, "high": 0.1}
+    edit(run / "evaluation.json", lambda e: e["comparisons"][1].update(difference=weak))
+    assert "not clearly better than the random direction" in " ".join(headline(read_run(run)))
+
+
 def test_a_report_is_the_same_twice(run: Path) -> None:
     assert render(read_run(run)) == render(read_run(run))
 

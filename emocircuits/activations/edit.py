@@ -242,10 +242,13 @@ class _Compiled:
     def __init__(self, point_edits: list[tuple[Any, int, Edit]], tracker: fw.ForwardTracker, fired: set[int]) -> None:
         self.items, self.tracker, self.fired = point_edits, tracker, fired
         self._moved: dict[tuple[int, torch.device, torch.dtype], Edit] = {}
+        # What enters the MLP's norm is also what the block adds the MLP to: replacing it would leave the stream behind.
+        self.in_place = any(e.site == "resid_mid" for _, _, e in point_edits)
         self._units = {i: torch.as_tensor(e.units) for _, i, e in point_edits if e.units is not None}
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        changed = False
+        changed, stream = False, x
+        x = x.clone() if self.in_place else x
         for point, number, edit in self.items:
             view = point.read(x)
             mask = self._mask(edit, view)
@@ -255,7 +258,9 @@ class _Compiled:
             x = new if point.part is None and point.interleaved is None and point.heads is None else point.write(x, new)
             self.fired.add(number)
             changed = True
-        return x if changed else None
+        if changed and self.in_place:
+            stream.copy_(x)
+        return x if changed and not self.in_place else None
 
     def _edited(self, number: int, edit: Edit, view: Tensor, mask: Tensor | None) -> Tensor:
         edit = self._on_device(number, edit, view)

@@ -85,7 +85,7 @@ def _require_nnsight() -> Any:
 def _traceable(nnsight: Any, model: Any, module: torch.nn.Module, remote: bool | str) -> Any:
     """The nnsight model behind `model` (itself, or inside a Loaded), else a new wrapper around the torch module."""
     for candidate in (model, getattr(model, "model", None)):
-        if isinstance(candidate, nnsight.NNsight):
+        if isinstance(candidate, nnsight.Envoy):
             return candidate
     if remote:
         raise InputError("remote=True needs an nnsight model made from a hub id, such as nnsight.LanguageModel(name)")
@@ -150,7 +150,9 @@ def _one_sentence(reads: list[Read]) -> Iterator[None]:
 def _require_finite(tensors: dict[Key, Tensor]) -> None:
     for (site, layer), value in tensors.items():
         if value is None:
-            raise HookError("attention patterns through nnsight need attn_implementation='eager'; or use backend='torch'")
+            raise HookError(
+                "attention patterns through nnsight need attn_implementation='eager'; or use backend='torch'"
+            )
         if not torch.isfinite(value).all():
             raise HookError(
                 f"activations of {site!r} at layer {layer} hold NaN or infinite values; check the model's dtype"

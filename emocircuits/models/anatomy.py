@@ -10,13 +10,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..activations.sites import Key, check_site
 from ..errors import HookError, InputError, unknown
+
+if TYPE_CHECKING:  # `activations` is built on this module
+    from ..activations.sites import Key
 
 BLOCK_LISTS = ("layers", "h", "blocks", "decoder_layers")
 ATTENTION = ("self_attn", "attention", "attn", "self_attention")
@@ -96,6 +98,8 @@ class Anatomy:
 
     def point(self, site: str, layer: int) -> Point:
         """The Point of a site; raises HookError when this architecture does not have it, with the reason."""
+        from ..activations.sites import check_site
+
         check_site(site)
         key = (site, 0 if site == "final_norm" else layer)
         if key in self.points:

@@ -8,13 +8,15 @@ imports TransformerLens: whoever passes such a model has it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..activations.sites import Key
 from ..errors import InputError
 from .anatomy import FINAL_NORM, NOT_TEXT, Anatomy, Point, child_named, features, output_embeddings, text_config
+
+if TYPE_CHECKING:
+    from ..activations.sites import Key
 
 HEADS = {"q": "hook_q", "k": "hook_k", "v": "hook_v", "z": "hook_z"}
 RESIDUAL = {
@@ -46,7 +48,9 @@ def hooked_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in batch.items() if name not in ("token_type_ids", "use_cache")}
     unknown_names = sorted(set(kept) - {"input", "input_ids", "attention_mask"})
     if unknown_names:
-        raise InputError(f"a HookedTransformer takes input_ids and attention_mask only; drop {', '.join(unknown_names)}")
+        raise InputError(
+            f"a HookedTransformer takes input_ids and attention_mask only; drop {', '.join(unknown_names)}"
+        )
     return {"input" if name == "input_ids" else name: value for name, value in kept.items()}
 
 
@@ -68,7 +72,9 @@ def lens_anatomy(module: nn.Module) -> Anatomy:
 
 def _hooked(model: nn.Module) -> Anatomy:
     cfg: Any = model.cfg
-    kv_heads = cfg.n_key_value_heads if cfg.n_key_value_heads and not cfg.ungroup_grouped_query_attention else cfg.n_heads
+    kv_heads = (
+        cfg.n_key_value_heads if cfg.n_key_value_heads and not cfg.ungroup_grouped_query_attention else cfg.n_heads
+    )
     heads = {"q": cfg.n_heads, "k": kv_heads, "v": kv_heads, "z": cfg.n_heads}
     wanted = {site: (hook, None) for site, hook in RESIDUAL.items()}
     wanted |= {site: (f"attn.{hook}", heads[site]) for site, hook in HEADS.items()}
@@ -80,7 +86,9 @@ def _hooked(model: nn.Module) -> Anatomy:
                 points[site, layer] = Point(f"blocks.{layer}.{path}", heads=n_heads)
             else:
                 missing[site] = PARALLEL if cfg.parallel_attn_mlp else f"this HookedTransformer has no {path}"
-    structure = "parallel" if cfg.parallel_attn_mlp else "sandwich" if cfg.use_normalization_before_and_after else "pre-norm"
+    structure = (
+        "parallel" if cfg.parallel_attn_mlp else "sandwich" if cfg.use_normalization_before_and_after else "pre-norm"
+    )
     blocks = tuple(f"blocks.{layer}" for layer in range(cfg.n_layers))
     return Anatomy(
         family=cfg.model_name or cfg.original_architecture or "HookedTransformer",
@@ -221,9 +229,10 @@ def _target(component: nn.Module, name: str) -> str | None:
 def transformers_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     """`named_parameters` as the model had them before a bridge changed it in place; other models: as they are.
 
-    Every part that a bridge wrapped lies one level deeper, and copies of split projections lie beside it.
+    Every part that a bridge wrapped lies one level deeper, copies of split projections lie beside it, and the
+    unembedding gets a bias.
     """
-    if not any(map(is_lens, model.modules())) or is_lens(model):
+    if is_lens(model) or not any(map(is_lens, model.modules())):
         yield from model.named_parameters()
         return
     seen: set[int] = set()
@@ -236,11 +245,13 @@ def transformers_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Paramete
 
 def _without_bridges(model: nn.Module, path: str) -> str | None:
     """`path` without the bridges' own level; None for what is not the original model's."""
-    module, kept = model, []
+    module: Any = model
+    kept, bridge = [], ""
     for part in path.split("."):
         if is_lens(module) != (part == ORIGINAL):
             return None
-        if part != ORIGINAL:
-            kept.append(part)
+        bridge = type(module).__name__ if part == ORIGINAL else bridge
+        kept += [part] if part != ORIGINAL else []
         module = getattr(module, part)
-    return ".".join(kept)
+    added = bridge == "UnembeddingBridge" and path.endswith(f"{ORIGINAL}.bias") and not bool(module.any())
+    return None if added else ".".join(kept)
