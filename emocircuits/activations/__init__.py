@@ -1,7 +1,8 @@
 """Read (`capture`, `record`) and write (`edit`) the activations of any supported model."""
 
 from .capture import Activations, batches, capture, record
-from .edit import Ablate, Add, Apply, Clamp, Edit, Patch, Project, Scale, edit, on_layers
+from .edit import edit, on_layers
+from .edits import Ablate, Add, Apply, Clamp, Edit, Patch, Project, Scale
 from .moments import Moments
 from .sites import SITES, Key, expand_layers, expand_sites
 

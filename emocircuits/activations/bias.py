@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..models.anatomy import Anatomy
 
 if TYPE_CHECKING:
-    from .edit import Edit
+    from .edits import Edit
 
 
 def constant_add(edit: Edit, model: nn.Module, anatomy: Anatomy) -> bool:
     """Whether this edit is the same vector at every position of every row, right after a plain Linear."""
-    from .edit import Add
+    from .edits import Add
 
     path = anatomy.linear_out.get((edit.site, edit.layer % anatomy.n_layers))
     if path is None or not isinstance(edit, Add) or edit.positions != "all":

@@ -65,7 +65,8 @@ class _Reader:
     ) -> None:
         self.anatomy = resolve(model)
         self.patterns = [key[1] for key in keys if key[0] == "pattern" and key not in self.anatomy.points]
-        self.points = {key: self.anatomy.point(*key) for key in keys if key[0] != "pattern" or key in self.anatomy.points}
+        watched = {("pattern", layer) for layer in self.patterns}
+        self.points = {key: self.anatomy.point(*key) for key in keys if key not in watched}
         self.model, self.keys, self.positions = model, keys, positions
         self.reduce, self.stop, self.into = reduce, stop, into
         self.tracker = fw.ForwardTracker(model, self.anatomy)
@@ -257,7 +258,7 @@ def adapt_inputs(module: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
 
 def _learns_positions(module: nn.Module) -> bool:
     """Whether absolute positions matter: the model takes position ids and has no rotary embedding."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     takes = "position_ids" in inspect.signature(type(module).forward).parameters
     return takes and getattr(text, "rope_parameters", None) is None

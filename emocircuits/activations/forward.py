@@ -112,7 +112,8 @@ class ForwardTracker:
 
 def _positional_names(module: nn.Module) -> list[str]:
     """Of the class, because libraries put wrappers with other signatures on the instance."""
-    return [name for name in list(inspect.signature(type(module).forward).parameters)[1:] if name not in ("args", "kwargs")]
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return [name for name in names if name not in ("args", "kwargs")]
 
 
 def _cached_length(named: dict[str, Any]) -> int:

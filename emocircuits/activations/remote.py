@@ -65,7 +65,7 @@ def capture_nnsight(
 
 
 def execution_order(keys: Sequence[Key], anatomy: Anatomy) -> list[Read]:
-    """The reads for `keys` as a forward pass reaches them, which nnsight insists on; keys in one tensor share a read."""
+    """The reads for `keys` as a forward pass reaches them, as nnsight requires; keys in one tensor share a read."""
     found: dict[tuple[str, str, int], list[Key]] = {}
     for site, layer in sorted(keys, key=lambda key: (key[0] == "final_norm", key[1], ORDER.index(key[0]))):
         index = int(site == "pattern")
@@ -143,7 +143,8 @@ def _one_sentence(reads: list[Read]) -> Iterator[None]:
             raise
         names = ", ".join(f"{site}.{layer}" for read in reads[:3] for site, layer in read.keys)
         raise HookError(
-            f"nnsight did not reach the sites ({names}, ...) in the order of this model's forward pass; use backend='torch'"
+            f"nnsight did not reach the sites ({names}, ...) in the order of this model's forward pass;"
+            " use backend='torch'"
         ) from error
 
 

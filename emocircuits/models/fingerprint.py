@@ -15,7 +15,15 @@ from ..errors import ArtefactError
 from .lens import transformers_parameters
 
 N_PARAMETERS, N_ENTRIES = 64, 256
-VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "attn_implementation", "use_cache")
+VOLATILE = (
+    "_name_or_path",
+    "architectures",  # only set once a model has been saved
+    "attn_implementation",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 
 _CACHE: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
 

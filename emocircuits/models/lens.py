@@ -86,13 +86,11 @@ def _hooked(model: nn.Module) -> Anatomy:
                 points[site, layer] = Point(f"blocks.{layer}.{path}", heads=n_heads)
             else:
                 missing[site] = PARALLEL if cfg.parallel_attn_mlp else f"this HookedTransformer has no {path}"
-    structure = (
-        "parallel" if cfg.parallel_attn_mlp else "sandwich" if cfg.use_normalization_before_and_after else "pre-norm"
-    )
+    sandwich = "sandwich" if cfg.use_normalization_before_and_after else "pre-norm"
     blocks = tuple(f"blocks.{layer}" for layer in range(cfg.n_layers))
     return Anatomy(
         family=cfg.model_name or cfg.original_architecture or "HookedTransformer",
-        structure=structure,
+        structure="parallel" if cfg.parallel_attn_mlp else sandwich,
         n_layers=cfg.n_layers,
         d_model=cfg.d_model,
         n_heads=cfg.n_heads,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import artefact
-from ..activations.edit import POSITIONS, Add, Edit, Installed, edit
+from ..activations.edit import Installed, edit
+from ..activations.edits import POSITIONS, Add, Edit
 from ..activations.sites import check_site, expand_layers
 from ..errors import ArtefactError, HookError, InputError, unknown
 from ..models.anatomy import resolve, unwrap

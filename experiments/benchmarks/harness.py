@@ -17,7 +17,7 @@ from rich.console import Console
 
 Way = Callable[[], Any]
 MIB = 1 << 20
-PACKAGES = ("emocircuits", "torch", "transformers", "numpy", "nnsight", "transformer-lens")
+PACKAGES = ("torch", "transformers", "numpy", "nnsight", "transformer-lens")
 console = Console(width=140)
 
 
@@ -146,7 +146,9 @@ def machine() -> dict[str, Any]:
     """The machine and the versions, as far as they bear on the numbers."""
     import torch
 
-    versions = {}
+    from emocircuits import __version__
+
+    versions = {"emocircuits": __version__}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

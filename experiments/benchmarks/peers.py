@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -63,6 +64,7 @@ def raw_hooks(model: Any, ids: Tensor, new_tokens: int, vectors: dict[int, Tenso
 # ---------------------------------------------------------------- nnsight
 
 
+@cache
 def nnsight_model(model: Any, tokenizer: Any) -> Any:
     nnsight = require("nnsight")
     if hasattr(nnsight, "TransformersModel"):
@@ -100,6 +102,7 @@ def nnsight_steer(wrapped: Any, ids: Tensor, new_tokens: int, layer: int, vector
 # ---------------------------------------------------------------- TransformerLens
 
 
+@cache
 def bridge_model(model: Any, tokenizer: Any) -> Any:
     bridges = require("transformer_lens.model_bridge")
     name = str(getattr(model.config, "_name_or_path", "") or "model")
