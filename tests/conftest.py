@@ -1,4 +1,4 @@
-"""Fixtures and profiles shared by every test. Torch's thread count is left as the caller set it."""
+"""Fixtures and profiles shared by every test. Torch runs on one thread."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import settings
 
 from emocircuits.errors import MissingPackageError
@@ -13,6 +14,10 @@ from emocircuits.errors import MissingPackageError
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+# Tiny models: threads cost more than they bring, most of all on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -33,9 +33,7 @@ def test_help_shows_an_example(verb: str, capsys) -> None:
 
 
 def directions(path) -> str:
-    made = DirectionSet(
-        ("anger", "fear"), "resid_post", (0, 1), torch.randn(2, 2, 8), torch.ones(2), torch.zeros(2, 8)
-    )
+    made = DirectionSet(("anger", "fear"), "resid_post", (0, 1), torch.randn(2, 2, 8), torch.ones(2), torch.zeros(2, 8))
     return str(made.save(path))
 
 
@@ -122,7 +120,9 @@ def test_rows_keep_their_other_keys(tmp_path, monkeypatch) -> None:
     models = sys.modules["emocircuits.models.load"]  # the package binds the name to the function
     model = zoo.build("llama")
     monkeypatch.setattr(models, "load", lambda _name: models.Loaded(model, Words(), "tiny"))
-    made = DirectionSet(("anger", "fear"), "resid_post", (1, 2), torch.randn(2, 2, 32), torch.ones(2), torch.zeros(2, 32))
+    made = DirectionSet(
+        ("anger", "fear"), "resid_post", (1, 2), torch.randn(2, 2, 32), torch.ones(2), torch.zeros(2, 32)
+    )
     path = made.save(tmp_path / "d3.safetensors")
     (tmp_path / "prompts.jsonl").write_text('{"id": 7, "prompt": "one two"}\n{"id": 8, "prompt": "three"}\n')
     argv = steer(tmp_path, directions=str(path), layers="1-2", strength="0.5")

@@ -52,12 +52,12 @@ KINDS: dict[str, tuple[Edit, object]] = {
     "scale": (Scale(layer=2, factor=0.3), lambda x: x * 0.3),
     "project": (Project(layer=2, direction=vector()), lambda x: x - (x @ unit()).unsqueeze(-1) * unit()),
     "target": (Project(layer=2, direction=vector(), target=2.0), lambda x: x + (2 - x @ unit()).unsqueeze(-1) * unit()),
-    "clamp": (Clamp(layer=2, direction=vector(), high=0.1), lambda x: x - (x @ unit() - 0.1).clamp_min(0)[..., None] * unit()),
+    "clamp": (Clamp(layer=2, direction=vector(), high=0.1), lambda x: x - (x @ unit() - 0.1).clamp_min(0)[..., None] * unit()),  # noqa: E501
     "zero": (Ablate(layer=2), torch.zeros_like),
     "mean": (Ablate(layer=2, mode="mean", value=vector(3)), lambda x: vector(3).expand_as(x)),
     "patch": (Patch(layer=2, value=vector(4).expand(2, 9, WIDTH)), lambda x: vector(4).expand_as(x)),
     "apply": (Apply(layer=2, function=torch.tanh), torch.tanh),
-    "units": (Ablate(layer=2, units=[1, 5]), lambda x: torch.where(torch.isin(torch.arange(WIDTH), torch.tensor([1, 5])), 0.0, x)),
+    "units": (Ablate(layer=2, units=[1, 5]), lambda x: torch.where(torch.isin(torch.arange(WIDTH), torch.tensor([1, 5])), 0.0, x)),  # noqa: E501
 }  # fmt: skip
 
 
@@ -130,13 +130,21 @@ def test_rows_and_positions_touch_nothing_else(padding) -> None:
         assert not torch.allclose(a[-1], b[-1], atol=1e-2)
 
 
-@pytest.mark.parametrize("kinds", [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}])
+@pytest.mark.parametrize(
+    "kinds", [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}]
+)
 def test_phases_under_generation(kinds: dict) -> None:
     """Prompt-only and generated-only edits equal hand-made passes over the whole text, with and without a cache."""
     model = zoo.build("llama")
     inputs = zoo.inputs("llama", model, batch=2, length=6, padding="left")
     n = inputs["input_ids"].shape[1]
-    greedy = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "output_scores": True, "return_dict_in_generate": True}
+    greedy = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
     for positions in ("prompt", "generated", "all"):
         with edit(model, Add(layer=1, vector=3 * vector(), positions=positions)):
             out = model.generate(**inputs, **greedy, **kinds)
@@ -251,7 +259,9 @@ def test_adds_are_linear_and_order_free(x: float, y: float, layer: int) -> None:
 
 @settings(max_examples=15)
 @given(target=st.floats(-4, 4), low=st.floats(-2, 0), high=st.floats(0, 2), seed=st.integers(0, 9))
-def test_projection_and_clamp_do_what_they_say_once_and_twice(target: float, low: float, high: float, seed: int) -> None:
+def test_projection_and_clamp_do_what_they_say_once_and_twice(
+    target: float, low: float, high: float, seed: int
+) -> None:
     x, d = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(seed)), vector(seed)
     u = d / d.norm()
     project, clamp = Project(direction=d, target=target), Clamp(direction=d, low=low, high=high)

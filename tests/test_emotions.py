@@ -89,9 +89,7 @@ class TestMapLabels:
             if target != "goemotions27":
                 assert set(map_labels("goemotions27", target)) == set(GOEMOTIONS27)
 
-    @pytest.mark.parametrize(
-        ("target", "n"), [("ekman6", 6), ("plutchik8", 8), ("quadrants", 4), ("valence2", 2)]
-    )
+    @pytest.mark.parametrize(("target", "n"), [("ekman6", 6), ("plutchik8", 8), ("quadrants", 4), ("valence2", 2)])
     def test_every_coarse_label_is_reached(self, target, n):
         assert len(set(map_labels("goemotions27", target).values())) == n
 
@@ -140,9 +138,7 @@ class TestMapLabels:
     def test_own_words(self):
         assert map_labels(["boredom"], ["boredom", "fear"]) == {"boredom": "boredom"}
         assert map_labels(["Boredom"], "ekman6", parents={"boredom": "sad"}) == {"Boredom": "sadness"}
-        assert map_labels(["boredom"], "quadrants", parents={"boredom": "sadness"}) == {
-            "boredom": "negative_low"
-        }
+        assert map_labels(["boredom"], "quadrants", parents={"boredom": "sadness"}) == {"boredom": "negative_low"}
         assert map_labels(["boredom"], ["apathy"], parents={"boredom": "apathy"}) == {"boredom": "apathy"}
 
     def test_up_the_tiers(self):

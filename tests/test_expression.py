@@ -75,9 +75,7 @@ def test_look_alikes_do_not_name_it(emotion, text):
     assert not names_emotion(text, emotion)
 
 
-@pytest.mark.parametrize(
-    "text", ["_angry_", "**Angry**", "“angry”", "angry's", "un-angry", "so angry.", "ANGRY"]
-)
+@pytest.mark.parametrize("text", ["_angry_", "**Angry**", "“angry”", "angry's", "un-angry", "so angry.", "ANGRY"])
 def test_markup_and_punctuation_do_not_hide_the_word(text):
     assert names_emotion(text, "anger")
 

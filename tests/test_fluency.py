@@ -143,12 +143,8 @@ def test_perplexity_equals_brute_force_under_padding(name: str, tokenizer: Any) 
     found = fluency.perplexity(model, tokenizer, prompts, texts, batch_size=3)
     for prompt, text, value in zip(prompts, texts, found):
         target = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert value == pytest.approx(
-            brute_perplexity(model, tokenizer(prompt)["input_ids"], target), rel=1e-4
-        )
-    np.testing.assert_allclose(
-        found, fluency.perplexity(model, tokenizer, prompts, texts, batch_size=1), rtol=1e-4
-    )
+        assert value == pytest.approx(brute_perplexity(model, tokenizer(prompt)["input_ids"], target), rel=1e-4)
+    np.testing.assert_allclose(found, fluency.perplexity(model, tokenizer, prompts, texts, batch_size=1), rtol=1e-4)
 
 
 def test_the_boundary_keeps_the_tokens_of_the_prompt(llama: Any, tokenizer: Any) -> None:
@@ -180,9 +176,7 @@ def test_undefined_perplexity_is_nan(llama: Any, tokenizer: Any) -> None:
     def without_bos(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
 
-    found = fluency.perplexity(
-        llama, without_bos, ["", ""], ["z", "zy"]
-    )  # nothing comes before the first token
+    found = fluency.perplexity(llama, without_bos, ["", ""], ["z", "zy"])  # nothing comes before the first token
     assert np.isnan(found).tolist() == [True, False]
     assert fluency.perplexity(llama, tokenizer, [], []).shape == (0,)
 

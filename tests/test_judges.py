@@ -113,9 +113,7 @@ def test_a_content_free_text_gets_the_uniform_answer(causal):
 def test_only_the_needed_positions_get_logits(causal, monkeypatch):
     shapes = []
     head = causal.lm_head.register_forward_hook(lambda _m, _i, out: shapes.append(tuple(out.shape)))
-    judge = LikelihoodJudge(
-        causal, word_piece_tokenizer(classifier=False), TEMPLATE, labels=["anger", "fear"]
-    )
+    judge = LikelihoodJudge(causal, word_piece_tokenizer(classifier=False), TEMPLATE, labels=["anger", "fear"])
     judge.probabilities(TEXTS)
     head.remove()
     assert {shape[1] for shape in shapes} == {1}

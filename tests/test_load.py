@@ -262,6 +262,13 @@ def test_a_damaged_gguf_is_refused(content: bytes, tmp_path: Path) -> None:
         load(tmp_path / "x.gguf")
 
 
+def test_a_truncated_gguf_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the gguf package is not installed")
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes([3, 0, 0, 0, 9, 0, 0, 0]))
+    with pytest.raises(InputError, match="cannot be read as a GGUF model"):
+        load(tmp_path / "x.gguf")
+
+
 # ---------------------------------------------------------------- the package
 
 

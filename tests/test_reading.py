@@ -64,7 +64,9 @@ def _block_outputs(model, ids):
     blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
     found, handles = [], []
     for block in blocks:
-        handles.append(block.register_forward_hook(lambda _m, _i, out: found.append(out if torch.is_tensor(out) else out[0])))
+        handles.append(
+            block.register_forward_hook(lambda _m, _i, out: found.append(out if torch.is_tensor(out) else out[0]))
+        )
     model(input_ids=ids)
     for handle in handles:
         handle.remove()

@@ -92,10 +92,7 @@ def test_no_near_duplicate_scenes_within_or_between_the_sets() -> None:
 def test_no_near_duplicate_events_of_different_scenes() -> None:
     # the three outcomes of one scene may mirror each other: that contrast is wanted
     owned = [
-        (row.skeleton_id, event)
-        for data in (discovery(), heldout())
-        for row in data
-        for event in row.events.values()
+        (row.skeleton_id, event) for data in (discovery(), heldout()) for row in data for event in row.events.values()
     ]
     pairs = near_duplicates([event for _, event in owned], 0.45)
     assert [(owned[i], owned[j]) for i, j, _ in pairs if owned[i][0] != owned[j][0]] == []
@@ -116,9 +113,7 @@ def test_no_reply_names_an_emotion(shipped: ScenarioSet) -> None:
     assert named == []
 
 
-@pytest.mark.parametrize(
-    ("name", "allowed"), [("discovery", 4), ("heldout", 2)], ids=["discovery", "heldout"]
-)
+@pytest.mark.parametrize(("name", "allowed"), [("discovery", 4), ("heldout", 2)], ids=["discovery", "heldout"])
 def test_reply_openers_vary(name: str, allowed: int) -> None:
     """No two-word opener marks an emotion: one opener is at most 5% of the emotion's replies."""
     data = SETS[name][0]()
@@ -231,16 +226,12 @@ def without(*path: str) -> dict:
 
 
 def write(path: Path, *rows: object) -> Path:
-    path.write_text(
-        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8"
-    )
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
     return path
 
 
 def test_a_public_sev_file_loads_without_replies(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "sev.jsonl", ROW | {"source": "ignored"}, "", ROW | {"skeleton_id": "work_01"}, ""
-    )
+    path = write(tmp_path / "sev.jsonl", ROW | {"source": "ignored"}, "", ROW | {"skeleton_id": "work_01"}, "")
     data = load_sev(path)
     assert [row.skeleton_id for row in data] == ["work_00", "work_01"]
     assert data.groups(["neutral"])[0].text == "I opened the shop. It was nine."
@@ -317,12 +308,8 @@ def test_near_duplicates_by_hand() -> None:
     assert near_duplicates(texts, 0.3) == [(0, 1, 1.0), (0, 2, 1 / 3), (1, 2, 1 / 3)]
 
 
-@given(
-    st.lists(st.lists(st.sampled_from("abcdef"), min_size=1).map(" ".join), max_size=8), st.floats(0.01, 1)
-)
-def test_near_duplicates_are_exactly_the_pairs_at_or_above_the_threshold(
-    texts: list[str], threshold: float
-) -> None:
+@given(st.lists(st.lists(st.sampled_from("abcdef"), min_size=1).map(" ".join), max_size=8), st.floats(0.01, 1))
+def test_near_duplicates_are_exactly_the_pairs_at_or_above_the_threshold(texts: list[str], threshold: float) -> None:
     found = near_duplicates(texts, threshold)
     bags = [set(text.split()) for text in texts]
     wanted = {

@@ -45,12 +45,8 @@ class TestClusteredBootstrap:
     def test_unequal_clusters_match_the_exact_bootstrap_distribution(self):
         values, clusters = np.array([1.0, 2.0, 3.0, 10.0, -4.0, 0.5]), ["a", "a", "a", "b", "c", "c"]
         groups = [values[:3], values[3:4], values[4:]]
-        exact = [
-            np.concatenate([groups[i] for i in pick]).mean() for pick in itertools.product(range(3), repeat=3)
-        ]
-        draws = statistics._bootstrap_means(
-            values, np.array([0, 0, 0, 1, 2, 2]), 3, 200_000, np.random.default_rng(0)
-        )
+        exact = [np.concatenate([groups[i] for i in pick]).mean() for pick in itertools.product(range(3), repeat=3)]
+        draws = statistics._bootstrap_means(values, np.array([0, 0, 0, 1, 2, 2]), 3, 200_000, np.random.default_rng(0))
         assert draws.mean() == pytest.approx(np.mean(exact), abs=0.02)
         assert draws.std() == pytest.approx(np.std(exact), abs=0.02)
         assert clustered_bootstrap(values, clusters).n_clusters == 3
@@ -78,9 +74,7 @@ class TestClusteredBootstrap:
         rng = np.random.default_rng(0)
         labels = rng.integers(0, 2, 200)
         table = np.column_stack([labels + rng.normal(0, 1, 200), labels])
-        got = clustered_bootstrap(
-            table, np.repeat(np.arange(50), 4), lambda t: auroc(t[:, 0], t[:, 1]), n_boot=200
-        )
+        got = clustered_bootstrap(table, np.repeat(np.arange(50), 4), lambda t: auroc(t[:, 0], t[:, 1]), n_boot=200)
         assert got.low < got.estimate == auroc(table[:, 0], labels) < got.high
 
     @pytest.mark.parametrize(
@@ -109,9 +103,7 @@ class TestClusteredBootstrap:
         assert "of the resamples" in got.reason
 
     def test_booleans_and_tuple_clusters(self):
-        got = clustered_bootstrap(
-            [True, False, True, True], [("work", 0), ("work", 1), ("home", 0), ("home", 0)]
-        )
+        got = clustered_bootstrap([True, False, True, True], [("work", 0), ("work", 1), ("home", 0), ("home", 0)])
         assert (got.estimate, got.n, got.n_clusters) == (0.75, 4, 3)
 
     def test_bad_input(self):
@@ -136,9 +128,7 @@ class TestPairedTest:
         clusters = np.array([0, 0, 1, 2, 2, 2, 3, 4, 5, 5])
         a, b = rng.normal(0.6, 1, 10), rng.normal(0, 1, 10)
         observed = abs((a - b).sum())
-        flips = [
-            abs(((a - b) * np.array(signs)[clusters]).sum()) for signs in itertools.product([1, -1], repeat=6)
-        ]
+        flips = [abs(((a - b) * np.array(signs)[clusters]).sum()) for signs in itertools.product([1, -1], repeat=6)]
         brute = sum(f >= observed - 1e-9 for f in flips) / 64
         got = paired_test(a, b, clusters)
         assert got.p == brute
@@ -248,9 +238,7 @@ class TestProportions:
         assert 0 <= got.low <= got.estimate <= got.high <= 1
         for bound in (got.low, got.high):
             if 0 < bound < 1:
-                assert abs(k / n - bound) == pytest.approx(
-                    1.959964 * math.sqrt(bound * (1 - bound) / n), rel=1e-4
-                )
+                assert abs(k / n - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / n), rel=1e-4)
 
     def test_wilson_edges(self):
         assert wilson(0, 20).low == 0.0

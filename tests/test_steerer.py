@@ -111,7 +111,10 @@ def test_files_round_trip_and_know_their_model(llama, tmp_path) -> None:
 
 
 def test_bad_steerers_are_refused(llama) -> None:
-    with pytest.raises(ArtefactError, match="has width 16"), Steerer((Term("resid_post", (0,), torch.ones(1, 16)),)).attach(llama):
+    with (
+        pytest.raises(ArtefactError, match="has width 16"),
+        Steerer((Term("resid_post", (0,), torch.ones(1, 16)),)).attach(llama),
+    ):
         pass
     with pytest.raises(InputError, match="layer 9"), steerer(layers=(9,)).attach(llama):
         pass

@@ -137,9 +137,7 @@ class TestReading:
         assert torch.equal(plain, rows(23)[A])
         sizes = [len(batch) for batch in store.iter_batches(A, 6, shuffle=True, seed=1)]
         assert sizes == [6, 6, 6, 5]
-        one, again, other = (
-            torch.cat(list(store.iter_batches(A, 6, shuffle=True, seed=seed))) for seed in (1, 1, 2)
-        )
+        one, again, other = (torch.cat(list(store.iter_batches(A, 6, shuffle=True, seed=seed))) for seed in (1, 1, 2))
         assert torch.equal(one, again)
         assert not torch.equal(one, other)
         assert torch.equal(one[one[:, 0].argsort()], plain)

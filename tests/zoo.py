@@ -126,9 +126,7 @@ def inputs(
     return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-def multimodal_inputs(
-    name: str, model: PreTrainedModel, batch: int = 2, seed: int = 0
-) -> dict[str, torch.Tensor]:
+def multimodal_inputs(name: str, model: PreTrainedModel, batch: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
     """Inputs with one clip and/or one picture per row: ids with placeholder spans, masks, and features.
 
     Row layout: 3 text tokens, the audio span, 2 text tokens, the image span, 3 text tokens; a span is its

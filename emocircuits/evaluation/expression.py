@@ -179,9 +179,7 @@ def confusion_matrix(
     prediction is unknown.
     """
     if len(targets) != len(predicted):
-        raise InputError(
-            f"{len(targets)} targets but {len(predicted)} predictions; give one of each per text"
-        )
+        raise InputError(f"{len(targets)} targets but {len(predicted)} predictions; give one of each per text")
     row_of = {name: i for i, name in enumerate(rows)}
     column_of = {name: j for j, name in enumerate(labels)} | {"": len(labels)}
     counts = np.zeros((len(rows), len(labels) + 1))
@@ -203,9 +201,7 @@ def _degenerate_mask(texts: list[str], degenerate: NDArray[np.bool_] | None) -> 
         return empty
     mask = np.asarray(degenerate)
     if mask.shape != empty.shape or (mask.dtype != np.bool_ and mask.size):
-        raise InputError(
-            f"degenerate must be {len(texts)} booleans, one per text; got {mask.dtype} {mask.shape}"
-        )
+        raise InputError(f"degenerate must be {len(texts)} booleans, one per text; got {mask.dtype} {mask.shape}")
     return mask.astype(np.bool_) | empty
 
 
@@ -215,9 +211,7 @@ def _checked(judge: Judge, texts: list[str]) -> NDArray[np.float64]:
         return np.empty(shape)
     probabilities = np.asarray(judge.probabilities(texts), dtype=np.float64)
     if probabilities.shape != shape:
-        raise InputError(
-            f"judge {judge.name!r} returned shape {probabilities.shape}, not [texts, labels] = {shape}"
-        )
+        raise InputError(f"judge {judge.name!r} returned shape {probabilities.shape}, not [texts, labels] = {shape}")
     return probabilities
 
 

@@ -76,9 +76,7 @@ def repetition(text: str) -> Repetition:
     found = words(text)
     if not found:
         return Repetition((math.nan,) * 4, math.nan)
-    return Repetition(
-        tuple(_repeated_share(found, n) for n in range(1, 5)), _longest_loop(found) / len(found)
-    )
+    return Repetition(tuple(_repeated_share(found, n) for n in range(1, 5)), _longest_loop(found) / len(found))
 
 
 def repetition_rate(text: str) -> float:
@@ -187,16 +185,12 @@ def fit_thresholds(
     text has words, no perplexity is finite, or quantile, factor or floor is out of range.
     """
     if not (0 < quantile < 1 and factor >= 1 and 0 <= floor <= 1):
-        raise InputError(
-            f"need 0 < quantile < 1, factor >= 1, 0 <= floor <= 1; got {quantile}, {factor}, {floor}"
-        )
+        raise InputError(f"need 0 < quantile < 1, factor >= 1, 0 <= floor <= 1; got {quantile}, {factor}, {floor}")
     scores = _paired_scores(unsteered_texts, perplexities)
     rates = np.array([repetition_rate(text) for text in unsteered_texts])
     scores, rates = scores[np.isfinite(scores)], rates[np.isfinite(rates)]
     if not (len(scores) and len(rates)):
-        raise InputError(
-            "no unsteered text has words and a finite perplexity; give texts of the unsteered model"
-        )
+        raise InputError("no unsteered text has words and a finite perplexity; give texts of the unsteered model")
     return FluencyThresholds(
         perplexity=factor * float(np.quantile(scores, quantile)),
         repetition=max(float(np.quantile(rates, quantile)), floor),
@@ -239,7 +233,5 @@ def _reasons(text: str, score: float, limits: FluencyThresholds) -> Iterator[str
 def _paired_scores(texts: Sequence[str], perplexities: ArrayLike) -> Floats:
     scores = np.asarray(perplexities, dtype=np.float64)
     if scores.shape != (len(texts),):
-        raise InputError(
-            f"{len(texts)} texts but perplexities of shape {scores.shape}; give one for each text"
-        )
+        raise InputError(f"{len(texts)} texts but perplexities of shape {scores.shape}; give one for each text")
     return scores

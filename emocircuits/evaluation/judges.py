@@ -79,9 +79,7 @@ class JudgeReport:
         return {**self.__dict__, "labels": list(self.labels), "confusion": counts}
 
 
-def reliability(
-    judge: Judge, texts: Sequence[str], truth: Sequence[str], method: str = "given texts"
-) -> JudgeReport:
+def reliability(judge: Judge, texts: Sequence[str], truth: Sequence[str], method: str = "given texts") -> JudgeReport:
     """Measure any judge on n texts of known emotion. Raises InputError as `score_expression` does."""
     scores = score_expression(texts, truth, judge)
     share = scores.confusion(normalise=True)
@@ -128,9 +126,7 @@ class EmbeddingJudge:
         self._encoder = SentenceEncoder(model_dir, layers=self.LAYERS, device=device)
         self._seed = seed
         self._vectors = self._encoder.encode(self._texts, cache=True)
-        key = hash_texts(
-            [*self._texts, *self._truth, *self._groups], self._encoder.fingerprint, seed, self.GRID
-        )
+        key = hash_texts([*self._texts, *self._truth, *self._groups], self._encoder.fingerprint, seed, self.GRID)
         found = cached("judges", key, self._fit)
         self._regularisation, self._out_of_fold = float(found["regularisation"][0]), found["out_of_fold"]
         self._weights, self._intercept = found["weights"], found["intercept"]
@@ -144,9 +140,7 @@ class EmbeddingJudge:
     def report(self) -> JudgeReport:
         """Cross-validated accuracy, recall per label and confusion matrix of this judge on its own corpus."""
         method = f"{self.N_FOLDS}-fold cross-validation, C = {self._regularisation:g}"
-        return reliability(
-            _Answered(self.labels, self._out_of_fold), self._texts, self._truth.tolist(), method
-        )
+        return reliability(_Answered(self.labels, self._out_of_fold), self._texts, self._truth.tolist(), method)
 
     def _fit(self) -> dict[str, np.ndarray]:
         """Weights [n_labels, d], intercept [n_labels], C [1] and out-of-fold probabilities [n, n_labels]."""
@@ -214,17 +208,13 @@ def corpus_rows(corpus: str | Path | Sequence[Mapping[str, str]] | None = None) 
     try:
         return [json.loads(line) for line in source.read_text("utf-8").splitlines() if line.strip()]
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{source} is not JSON lines ({error.msg}); write one JSON object per line"
-        ) from error
+        raise InputError(f"{source} is not JSON lines ({error.msg}); write one JSON object per line") from error
 
 
 def _checked_labels(rows: Sequence[Mapping[str, str]], n_folds: int) -> tuple[str, ...]:
     """The emotions of a corpus in the order of JUDGE_LABELS, once every row has been found usable."""
     for row in rows:
-        if not isinstance(row, Mapping) or not all(
-            isinstance(row.get(k), str) for k in ("id", "emotion", "text")
-        ):
+        if not isinstance(row, Mapping) or not all(isinstance(row.get(k), str) for k in ("id", "emotion", "text")):
             raise InputError(f"a judge corpus row needs the strings id, emotion and text; got {row!r:.120}")
         if row["emotion"] not in JUDGE_LABELS:
             raise unknown("emotion in the judge corpus", row["emotion"], JUDGE_LABELS)
@@ -234,9 +224,7 @@ def _checked_labels(rows: Sequence[Mapping[str, str]], n_folds: int) -> tuple[st
     for label in labels:
         groups = {row.get("group") or row["id"] for row in rows if row["emotion"] == label}
         if len(groups) < n_folds:
-            raise InputError(
-                f"the judge corpus has {len(groups)} groups of {label} texts; give at least {n_folds}"
-            )
+            raise InputError(f"the judge corpus has {len(groups)} groups of {label} texts; give at least {n_folds}")
     return labels
 
 
@@ -270,9 +258,7 @@ class TextClassificationJudge:
         self._tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = AutoModelForSequenceClassification.from_pretrained(source, use_safetensors=True)
         self._model = model.eval().to(device)
-        self._max_length = min(
-            self._tokenizer.model_max_length, getattr(config, "max_position_embeddings", 512)
-        )
+        self._max_length = min(self._tokenizer.model_max_length, getattr(config, "max_position_embeddings", 512))
         self._batch_size = batch_size
 
     def probabilities(self, texts: Sequence[str]) -> Probabilities:
@@ -293,9 +279,7 @@ class TextClassificationJudge:
                 logits = self._model(**batch).logits.float()
                 scores = logits.sigmoid() if self._multi_label else logits.softmax(-1)
             own[chunk] = scores.cpu().numpy()
-        onto = np.array(
-            [[label == column for label in self.labels] for column in self._columns], dtype=np.float64
-        )
+        onto = np.array([[label == column for label in self.labels] for column in self._columns], dtype=np.float64)
         mass = own @ onto
         total = mass.sum(axis=1, keepdims=True)
         return np.divide(mass, total, out=np.full_like(mass, np.nan), where=total > 0)
@@ -309,19 +293,13 @@ def _label_columns(own: list[str], label_map: Mapping[str, str | None] | None) -
         try:
             label_map = map_labels(own, JUDGE_LABELS)
         except InputError as error:
-            raise InputError(
-                f"the classifier's labels need a label_map onto our emotions: {error}"
-            ) from error
+            raise InputError(f"the classifier's labels need a label_map onto our emotions: {error}") from error
     if missing := [label for label in own if label not in label_map]:
-        raise InputError(
-            f"the classifier's labels {', '.join(missing)} have no emotion; pass a label_map for them"
-        )
+        raise InputError(f"the classifier's labels {', '.join(missing)} have no emotion; pass a label_map for them")
     for target in label_map.values():
         if target is not None and target not in JUDGE_LABELS:
             raise unknown("label_map target", target, JUDGE_LABELS)
     columns = [label_map[label] for label in own]
     if len({c for c in columns if c is not None}) < 2:
-        raise InputError(
-            "the label_map leaves fewer than two emotions to choose from; map more of the labels"
-        )
+        raise InputError("the label_map leaves fewer than two emotions to choose from; map more of the labels")
     return columns

@@ -47,9 +47,7 @@ def perplexity(
         sequences, starts = zip(*(pairs[i] for i in batch))
         states = _states(model, head, sequences)
         # the state at t - 1 predicts token t
-        before = [
-            states[r, start - 1 : len(ids) - 1] for r, (ids, start) in enumerate(zip(sequences, starts))
-        ]
+        before = [states[r, start - 1 : len(ids) - 1] for r, (ids, start) in enumerate(zip(sequences, starts))]
         targets = [ids[start:] for ids, start in zip(sequences, starts)]
         nll = _nll(model, head, torch.cat(before), torch.tensor(sum(targets, []), device=states.device))
         for i, part in zip(batch, nll.split([len(target) for target in targets])):
@@ -194,9 +192,7 @@ def _ready_head(model: PreTrainedModel, batch_size: int) -> nn.Module:
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; give 1 or more")
     if model.training:
-        raise InputError(
-            "the model is in training mode, where dropout makes scores random; call model.eval() first"
-        )
+        raise InputError("the model is in training mode, where dropout makes scores random; call model.eval() first")
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Module):
         raise InputError(f"{type(model).__name__} has no LM head; pass a causal language model")

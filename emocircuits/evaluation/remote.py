@@ -75,9 +75,7 @@ class OpenAIJudge:
         with ThreadPoolExecutor(max_workers=self._concurrency) as pool:
             try:
                 answers = pool.map(self._choice, texts)
-                for row, choice in zip(
-                    rows, progress(answers, "Asking the judge", len(texts), quiet=len(texts) < 8)
-                ):
+                for row, choice in zip(rows, progress(answers, "Asking the judge", len(texts), quiet=len(texts) < 8)):
                     if choice is not None:
                         row[:] = [label == choice for label in self.labels]
             except BaseException:
@@ -145,9 +143,7 @@ def _content(answer: Any) -> str:
     try:
         return answer["choices"][0]["message"]["content"] or ""
     except (KeyError, IndexError, TypeError) as error:
-        raise InputError(
-            "the judge's endpoint sent no choices[0].message.content; use a chat endpoint"
-        ) from error
+        raise InputError("the judge's endpoint sent no choices[0].message.content; use a chat endpoint") from error
 
 
 def _refusal(url: str, error: urllib.error.HTTPError) -> str:

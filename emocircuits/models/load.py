@@ -7,6 +7,7 @@ import json
 import math
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -274,7 +275,7 @@ def _load_gguf(source: str, name: str, tokenizer: Any, dtype: torch.dtype | None
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file_name)
             tokenizer.padding_side = "left"
-    except (ValueError, KeyError, IndexError, OSError) as error:
+    except (ValueError, KeyError, IndexError, OSError, struct.error) as error:
         raise InputError(f"{name} cannot be read as a GGUF model ({_first_line(error)})") from error
     return Loaded((model.to(device) if device else model).eval(), _with_pad(tokenizer), name)
 

@@ -18,7 +18,7 @@ PROMPT = 8
 SHAPES = {(1, 24): "batch 1, 8 prompt and 24 new tokens", (8, 32): "batch 8, 8 prompt and 32 new tokens"}
 ONE, TEN = (9,), tuple(range(4, 14))
 UNSTEERED, COLUMN = "unsteered", "time, x unsteered"
-TARGETS = {"hook, one layer": 1.05, "hooks, ten layers": 1.10, "bias, one layer": 1.03, "biases, ten layers": 1.03}
+TARGETS = {"hook, one layer": 1.05, "hooks, ten layers": 1.05, "bias, one layer": 1.02, "biases, ten layers": 1.02}
 
 
 def run(repetitions: int) -> list[Table]:
