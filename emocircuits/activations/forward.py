@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import HookError, InputError, unknown
 from ..models.anatomy import Anatomy
+from .watch import GenerateWatch, Prompt
 
 TOKEN_NAMES = ("input_ids", "inputs_embeds", "resid_pre")  # the last: a TransformerLens block
 
@@ -30,6 +31,8 @@ class Forward:
     """[B, past + length] bool, or None when no token is padding."""
     prompt_length: int
     """Columns that belong to the prompt; later ones were generated."""
+    repeats: int = 1
+    """Consecutive rows of this pass that are one row of the batch generate() was given (beams, return sequences)."""
 
     @property
     def is_prompt(self) -> bool:
@@ -65,21 +68,33 @@ class ForwardTracker:
         self.model, self.decoder = model, model.get_submodule(anatomy.decoder)
         self.current: Forward | None = None
         self.count = 0
-        self._outer_mask: Tensor | None = None
+        self._outer_mask: Any = None
+        self._prompt_mask: Tensor | None = None
         self._signatures = {id(m): _positional_names(m) for m in (self.model, self.decoder)}
-        self._previous: tuple[Tensor, int] | None = None
+        self._calls: list[Prompt | None] = []
+        self._previous: tuple[Tensor | None, int, int] | None = None
 
     def install(self) -> list[Any]:
-        handles = [self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        handles: list[Any] = [self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True)]
         if self.model is not self.decoder:
             handles.insert(0, self.model.register_forward_pre_hook(self._outer, with_kwargs=True))
-        return handles
+        return [*handles, GenerateWatch(self.model, self)]
+
+    def begin(self, prompt: Prompt | None) -> None:
+        """A generate() starts on this prompt (None: it was given none)."""
+        self._calls.append(prompt)
+        self._previous = None
+
+    def end(self) -> None:
+        """The innermost generate() is over."""
+        self._calls.pop()
+        self._previous = None
 
     def _named(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
         return dict(zip(self._signatures[id(module)], args)) | kwargs
 
     def _outer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._outer_mask = _key_mask(self._named(module, args, kwargs).get("attention_mask"))
+        self._outer_mask = self._named(module, args, kwargs).get("attention_mask")
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         named = self._named(module, args, kwargs)
@@ -87,27 +102,53 @@ class ForwardTracker:
         if tokens is None:
             raise HookError("the decoder was called without input_ids or inputs_embeds, so positions are unknown")
         batch, length, past = tokens.shape[0], tokens.shape[1], _cached_length(named)
-        masks = (self._outer_mask, _key_mask(named.get("attention_mask")))
-        mask = next((m[:, : past + length] for m in masks if m is not None and m.shape[-1] >= past + length), None)
-        self.current = Forward(batch, length, past, mask, self._prompt_length(tokens, past, length))
+        mask = self._key_mask((self._outer_mask, named.get("attention_mask")), past, length)
+        call = self._calls[-1] if self._calls else None
+        repeats = batch // call.rows if call is not None and batch % call.rows == 0 else 1
+        prompt = self._guess_prompt(tokens, past, length) if call is None else call.columns
+        self.current = Forward(batch, length, past, mask, prompt, repeats)
         self.count += 1
         self._outer_mask = None
 
-    def _prompt_length(self, tokens: Tensor, past: int, length: int) -> int:
-        """Columns of the prompt: what the first pass held; also right without a KV cache, by its growing prefix."""
-        previous = self._previous
-        if previous is None:
-            prompt = past + length
-        elif past:
-            prompt = min(previous[1], past)
+    def _key_mask(self, masks: tuple[Any, Any], past: int, length: int) -> Tensor | None:
+        """[B, past + length] True on real tokens, from the first mask that says it.
+
+        4-d masks of later passes hide what a sliding window has left behind, so there the prompt's padding is kept.
+        """
+        end = past + length
+        plain = [m for m in masks if isinstance(m, Tensor) and m.dim() == 2 and m.shape[-1] >= end]
+        full = [m for m in map(_attended, masks) if m is not None]
+        if plain:
+            mask: Tensor | None = plain[0][:, :end].bool()
+        elif full and past and self._prompt_mask is not None and len(self._prompt_mask) == len(full[0]):
+            mask = nn.functional.pad(self._prompt_mask, (0, end - self._prompt_mask.shape[1]), value=True)
         else:
-            old, prompt = previous
-            grown = length == old.shape[1] + 1 and old.shape == tokens[:, :-1].shape
-            if not (grown and torch.equal(tokens[:, :-1], old)):
-                prompt = length
-        kept = tokens if not past else (previous[0] if previous else tokens[:0])
-        self._previous = (kept, prompt)
+            mask = next((m[:, :end] for m in full if m.shape[-1] >= end), None)
+        if not past:
+            self._prompt_mask = mask
+        return mask
+
+    def _guess_prompt(self, tokens: Tensor, past: int, length: int) -> int:
+        """Columns of the prompt in a loop of the user's own: what its first pass held.
+
+        Without a KV cache, a pass continues the last one when it is one column longer and has the same prompt.
+        """
+        previous = self._previous
+        if past:
+            prompt = min(previous[1], past) if previous else past + length
+            self._previous = (None, prompt, past + length)
+            return prompt
+        if previous and previous[0] is not None and length == previous[2] + 1 and _starts_with(tokens, previous[0]):
+            prompt = previous[1]
+        else:
+            prompt = length
+        self._previous = (tokens[:, :prompt].detach(), prompt, length)
         return prompt
+
+
+def _starts_with(tokens: Tensor, prompt: Tensor) -> bool:
+    head = tokens[:, : prompt.shape[1]]
+    return head.shape == prompt.shape and head.dtype == prompt.dtype and torch.equal(head, prompt)
 
 
 def _positional_names(module: nn.Module) -> list[str]:
@@ -124,17 +165,15 @@ def _cached_length(named: dict[str, Any]) -> int:
     return int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
 
 
-def _key_mask(mask: Any) -> Tensor | None:
-    """[B, S] True on real keys, from a 2-d mask, a 4-d mask or transformers' dict of masks; None when all real."""
+def _attended(mask: Any) -> Tensor | None:
+    """[B, S] True on keys that some query sees, from a 4-d mask or transformers' dict of masks; else None."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor):
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
         return None
-    if mask.dim() == 4:
-        return (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2).any(1)
-    if mask.dim() != 2:
-        return None
-    return mask.bool()
+    if mask.is_floating_point():
+        mask = mask > torch.finfo(mask.dtype).min / 2
+    return mask[:, 0].bool().any(1)
 
 
 def hidden_of(value: Any) -> Tensor:
@@ -192,6 +231,8 @@ def position_weights(positions: Positions, forward: Forward, device: torch.devic
             return columns, torch.ones_like(columns, dtype=torch.bool), True
         raise InputError(f"unknown positions {positions!r}; choose from 'last', 'all', integers or (start, stop) spans")
     wanted = torch.as_tensor(positions, device=device)
+    if wanted.is_floating_point() or wanted.dtype == torch.bool:
+        raise InputError(f"positions must be whole numbers, got {wanted.dtype}; give indices, not a mask")
     squeeze = wanted.dim() == 0
     wanted = wanted.reshape(1, -1).expand(forward.batch, -1) if wanted.dim() < 2 else wanted
     if wanted.shape[0] != forward.batch:
@@ -208,7 +249,7 @@ def position_weights(positions: Positions, forward: Forward, device: torch.devic
 
 def is_spans(positions: Positions) -> bool:
     """Whether positions are (start, stop) spans: one tuple per row, or a list of tuples per row."""
-    if isinstance(positions, (str, int, Tensor)) or not len(positions):
+    if isinstance(positions, (str, Tensor)) or not isinstance(positions, Sequence) or not len(positions):
         return False
     first = positions[0]
     if isinstance(first, tuple):
@@ -219,14 +260,14 @@ def is_spans(positions: Positions) -> bool:
 def span_weights(spans: Sequence[Any], forward: Forward, device: torch.device) -> tuple[Tensor, bool]:
     """Averaging weights [B, S, T] of each row's spans (positions among real tokens), and whether S is one per row.
 
-    Rows with fewer spans get zero weights, read back as NaN. Raises InputError for empty or too long spans.
+    Rows with fewer spans get NaN weights, read back as NaN. Raises InputError for empty or too long spans.
     """
     single = isinstance(spans[0], tuple)
     rows = [[s] if single else list(s) for s in spans]
     if len(rows) != forward.batch:
         raise InputError(f"spans are given for {len(rows)} rows, but the batch has {forward.batch}")
     index, real = forward.index(device), forward.real(device)
-    weights = torch.zeros(forward.batch, max(map(len, rows)), forward.length, device=device)
+    weights = torch.full((forward.batch, max(map(len, rows)), forward.length), torch.nan, device=device)
     stops = (index * real).max(-1).values + 1
     starts = stops - real.sum(-1)
     for row, row_spans in enumerate(rows):
@@ -275,7 +316,8 @@ def plan(positions: Positions, reduce: str | None, forward: Forward, device: tor
 def select(x: Tensor, columns: Tensor | None, weights: Tensor | None, squeeze: bool) -> Tensor:
     """`Plan.select` as a function of tensors only, because it also travels to remote servers as source."""
     if weights is not None:
-        kept = torch.einsum("bst,bt...->bs...", weights.to(x.device, x.dtype), x)
+        wide = torch.promote_types(x.dtype, weights.dtype)  # 1/n is not exact in half precision
+        kept = torch.einsum("bst,bt...->bs...", weights.to(x.device, wide), x.to(wide)).to(x.dtype)
     elif columns is not None:
         rows = torch.arange(x.shape[0], device=x.device)[:, None]
         kept = x[rows, columns.to(x.device)]
