@@ -221,33 +221,38 @@ class Demo:
         return Steerer(tuple(_randomised(t, generator) for t in real.terms), f"random ({emotion})", real.fingerprint)
 
     def texts(self) -> list[dict[str, Any]]:
-        """Held-out texts of all four methods, with verdicts."""
+        """Held-out texts of all four methods, with verdicts; each method is a stage of its own."""
+        methods = [self._texts_of(m) for m in ("unsteered", "steered", "random", "prompted")]
         file = "texts.jsonl"
-        return self.run.stage(
-            "texts",
-            [file],
-            lambda: artefact.write_jsonl_atomic(self.run.file(file), self._make_texts()) and None,
-            lambda: artefact.read_jsonl(self.run.file(file)),
-        )
 
-    def _make_texts(self) -> list[dict[str, Any]]:
-        base = self.prompts_of(self.heldout)
-        wording = next(w for w in WORDINGS if w.name == self.tuning()["prompting"]["wording"])
-        done: list[dict[str, Any]] = []
-        done += self.scored(
-            [{**r, "method": "unsteered", "emotion": None} for r in base], [None] * len(base), "unsteered"
-        )
+        def make() -> None:
+            artefact.write_jsonl_atomic(self.run.file(file), [row for rows in methods for row in rows])
+
+        return self.run.stage("texts", [file], make, lambda: artefact.read_jsonl(self.run.file(file)))
+
+    def _texts_of(self, method: str) -> list[dict[str, Any]]:
+        file = f"texts/{method}.jsonl"
+
+        def make() -> None:
+            self.run.file(file).parent.mkdir(exist_ok=True)
+            rows, steerers = self._method_rows(method)
+            artefact.write_jsonl_atomic(self.run.file(file), self.scored(rows, steerers, method))
+
+        return self.run.stage(f"texts.{method}", [file], make, lambda: artefact.read_jsonl(self.run.file(file)))
+
+    def _method_rows(self, method: str) -> tuple[list[dict[str, Any]], list[Steerer | None]]:
+        """Prompt rows of one method with the steerer of each."""
+        base = [{**r, "method": method} for r in self.prompts_of(self.heldout)]
+        if method == "unsteered":
+            return [{**r, "emotion": None} for r in base], [None] * len(base)
         rows = [{**r, "emotion": e} for e in self.plan.emotions for r in base]
-        for method, make in (("steered", self.steerer), ("random", self.random_steerer)):
-            by_emotion = {e: make(e) for e in self.plan.emotions}
-            done += self.scored(
-                [{**r, "method": method} for r in rows], [by_emotion[r["emotion"]] for r in rows], method
-            )
-        asked = [
-            {**r, "method": "prompted", "asked": completion_prompt(r["group"], wording.text(r["emotion"]))}
-            for r in rows
-        ]
-        return done + self.scored(asked, [None] * len(asked), "prompted")
+        if method == "prompted":
+            wording = next(w for w in WORDINGS if w.name == self.tuning()["prompting"]["wording"])
+            asked = [completion_prompt(r["group"], wording.text(r["emotion"])) for r in rows]
+            return [{**r, "asked": a} for r, a in zip(rows, asked)], [None] * len(rows)
+        build = self.steerer if method == "steered" else self.random_steerer
+        by_emotion = {e: build(e) for e in self.plan.emotions}
+        return rows, [by_emotion[r["emotion"]] for r in rows]
 
     def evaluation(self) -> dict[str, Any]:
         """The scores of all methods with intervals, their paired differences, and the judge's own reliability."""

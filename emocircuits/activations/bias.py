@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,24 +26,70 @@ def constant_add(edit: Edit, model: nn.Module, anatomy: Anatomy) -> bool:
         return False
     linear = model.get_submodule(path)
     plain = type(linear) is nn.Linear and not hasattr(linear, "_hf_hook") and linear.weight.is_floating_point()
-    return plain and edit.rows is None and edit.units is None and edit.delta().dim() == 1
+    if not plain or edit.rows is not None or edit.units is not None:
+        return False
+    delta = edit.delta()
+    return delta.dim() == 1 and not delta.requires_grad
+
+
+def indistinguishable(numbered: Sequence[tuple[int, Edit]], model: nn.Module, anatomy: Anatomy) -> set[int]:
+    """Numbers of the constant adds that are the same as a hook, whatever else is attached, before or after.
+
+    Not those at resid_post: their bias also shows in mlp_out, where another edit may scale it away. Not those that
+    would overtake an earlier edit of the same output.
+    """
+    found: set[int] = set()
+    held = {key for key in anatomy.linear_out if model.get_submodule(anatomy.point(*key).module)._forward_hooks}
+    for number, edit in numbered:
+        key = (edit.site, edit.layer % anatomy.n_layers)
+        if edit.site != "resid_post" and key not in held and constant_add(edit, model, anatomy):
+            found.add(number)
+        else:
+            held.add(key)
+    return found
+
+
+@dataclass
+class _Biased:
+    """A Linear's own bias object and the vectors added to it, in order."""
+
+    original: nn.Parameter | None
+    deltas: list[Tensor] = field(default_factory=list)
+
+    def put(self, linear: nn.Linear) -> None:
+        """Give the Linear its original bias plus all vectors, or the original object itself when there are none."""
+        bias = self.original
+        if self.deltas:
+            base = [] if bias is None else [bias.detach().float()]
+            total = torch.stack([*base, *self.deltas]).sum(0).to(linear.weight.dtype)
+            bias = nn.Parameter(total, requires_grad=False)
+        linear._parameters["bias"] = bias
+
+
+_BIASED: weakref.WeakKeyDictionary[nn.Module, _Biased] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
 def add_biases(model: nn.Module, anatomy: Anatomy, edits: Sequence[Edit]) -> Iterator[None]:
-    """Add the edits' vectors to the biases of their Linears inside the block; the original objects come back after."""
-    originals: dict[str, nn.Parameter | None] = {}
+    """Add the edits' vectors to the biases of their Linears inside the block.
+
+    Blocks may end in any order; when the last one has, the original bias objects are back.
+    """
+    added: list[tuple[nn.Linear, Tensor]] = []
     try:
         for edit in edits:
-            path = anatomy.linear_out[edit.site, edit.layer % anatomy.n_layers]
-            linear = model.get_submodule(path)
-            bias: Tensor | None = linear.bias  # type: ignore[assignment]
-            originals.setdefault(path, bias)  # type: ignore[arg-type]
-            delta = edit.delta().to(linear.weight.device, torch.float32)  # type: ignore[attr-defined, union-attr]
-            total = delta if bias is None else bias.detach().float() + delta
-            new = nn.Parameter(total.to(linear.weight.dtype), requires_grad=False)  # type: ignore[union-attr, arg-type]
-            linear._parameters["bias"] = new
+            linear = model.get_submodule(anatomy.linear_out[edit.site, edit.layer % anatomy.n_layers])
+            assert isinstance(linear, nn.Linear)
+            delta = edit.delta().detach().to(linear.weight.device, torch.float32)  # type: ignore[attr-defined]
+            state = _BIASED.setdefault(linear, _Biased(linear._parameters["bias"]))  # type: ignore[arg-type]
+            state.deltas.append(delta)
+            added.append((linear, delta))
+            state.put(linear)
         yield
     finally:
-        for path, bias in originals.items():
-            model.get_submodule(path)._parameters["bias"] = bias
+        for linear, delta in added:
+            state = _BIASED[linear]
+            state.deltas = [d for d in state.deltas if d is not delta]
+            state.put(linear)
+            if not state.deltas:
+                del _BIASED[linear]

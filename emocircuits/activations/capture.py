@@ -96,8 +96,10 @@ class _Reader:
             for key, point in wanted:
                 if key[0] == "pattern":
                     self._keep(key, x)
-                else:
-                    self._keep(key, self._plan(x.device).select(_batched(point.read(x), self.tracker.current)))
+                    continue
+                kept = self._plan(x.device).select(_batched(point.read(x), self.tracker.current))
+                # An edit of resid_mid writes in place, also after we have read.
+                self._keep(key, kept.clone() if key[0] == "resid_mid" and kept.shape == x.shape else kept)
 
         return read
 
@@ -105,7 +107,7 @@ class _Reader:
         value = value if torch.is_grad_enabled() else value.detach()
         if self.into is not None:
             self.into(key, value)
-            self.values[key] = value[:0]
+            self.values[key] = self._finite(key[0], value)  # not a view: it would keep the whole tensor alive
         else:
             self.values[key] = value
         if self.stop and len(self.values) == len(self.keys):
@@ -132,10 +134,18 @@ class _Reader:
                 f"site {site!r} at layer {layer} never fired during the forward pass; nothing was read there"
             )
         for (site, layer), value in self.values.items():
-            if not torch.isfinite(value).all():
+            if not (value if self.into is not None else self._finite(site, value)):
                 raise HookError(
                     f"activations of {site!r} at layer {layer} hold NaN or infinite values; check the model's dtype"
                 )
+
+
+    def _finite(self, site: str, value: Tensor) -> Tensor:
+        """Whether values are finite wherever they are defined (padding and absent spans are not), as a 0-d tensor."""
+        finite = torch.isfinite(value)
+        if site != "pattern" and self.valid is not None and value.dim() > 2 and value.shape[:2] == self.valid.shape:
+            finite = finite.flatten(2).all(-1) | ~self.valid.to(value.device)
+        return finite.all()
 
 
 def _batched(x: Tensor, current: fw.Forward | None) -> Tensor:
@@ -184,7 +194,7 @@ def capture(
     _check_weights(module)
     batch = adapt_inputs(module, batch)
     reader = _Reader(module, keys, positions, reduce, stop=logits is None, into=into)
-    batch = {name: v.to(_device(module)) if isinstance(v, Tensor) else v for name, v in batch.items()}
+    batch = _moved(module, batch)
     wanted: Tensor | None = None
     with torch.set_grad_enabled(grad), reader.installed(), ExitStack() as stack:
         if logits is not None:
@@ -265,14 +275,19 @@ def _learns_positions(module: nn.Module) -> bool:
 
 
 def _check_weights(module: nn.Module) -> None:
-    if all(p.is_meta for p in module.parameters()):
+    offloaded = any(hasattr(m, "_hf_hook") for m in module.modules())  # accelerate brings the weights when needed
+    if not offloaded and all(p.is_meta for p in module.parameters()):
         raise InputError(
             "the model holds no weights yet; load it first (nnsight: dispatch=True), or use backend='nnsight'"
         )
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def _moved(module: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch on the device of the first weights; untouched when those are offloaded, for accelerate moves it."""
+    device = next(module.parameters()).device
+    if device.type == "meta":
+        return batch
+    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
 
 
 def _quiet(module: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
@@ -288,9 +303,10 @@ def _check_padding(model: nn.Module, batch: dict[str, Any]) -> None:
     limit = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
     if isinstance(ids, Tensor) and limit and ids.shape[-1] > limit:
         raise InputError(f"the input has {ids.shape[-1]} tokens, more than this model's context of {limit}; shorten it")
-    if mask is None and isinstance(ids, Tensor) and len(ids) > 1 and pad is not None:
+    if mask is None and isinstance(ids, Tensor) and ids.shape[-1] > 1 and pad is not None:
         edge = ids[:, [0, -1]] == pad
-        if edge.any() and not edge.all(0).any():
+        twice = (ids[:, :2] == pad).all(1) | (ids[:, -2:] == pad).all(1)  # one alone may be a begin or end token
+        if twice.any() or (edge.any() and not edge.all(0).any()):
             raise InputError("the batch is padded but has no attention_mask; pass the tokenizer's whole output")
     if isinstance(mask, Tensor) and mask.dim() == 2 and (mask.sum(-1) == 0).any():
         row = int((mask.sum(-1) == 0).nonzero()[0])
@@ -321,7 +337,7 @@ def _logits_at(
 def _compiled_hooks(model: Any) -> Iterator[None]:
     from .compiled import hooks_under_compile
 
-    with hooks_under_compile(model):
+    with hooks_under_compile(model, unwrap(model)):
         yield
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import HookError, InputError, unknown
 from ..models.anatomy import Anatomy, resolve, unwrap
 from . import forward as fw
-from .edits import HEAD_SITES, POSITIONS, Ablate, Edit
+from .edits import HEAD_SITES, POSITIONS, Ablate, Clamp, Edit
 from .sites import check_site, expand_layers
 
 
@@ -32,6 +32,7 @@ def check(edits: Sequence[Edit], anatomy: Anatomy) -> None:
         anatomy.point(edit.site, edit.layer)
         if isinstance(edit.positions, str) and edit.positions not in POSITIONS:
             raise unknown("positions", edit.positions, (*POSITIONS, "(start, stop) spans per row"))
+        _check_values(edit)
         if isinstance(edit, Ablate):
             if edit.mode not in ("zero", "mean", "resample"):
                 raise unknown("ablation mode", edit.mode, ("zero", "mean", "resample"))
@@ -43,6 +44,14 @@ def check(edits: Sequence[Edit], anatomy: Anatomy) -> None:
                 kind = "head" if edit.site in HEAD_SITES else "unit"
                 raise InputError(f"{kind} {unit} does not exist at {edit.site!r}; choose from 0 to {n_units - 1}")
         _check_width(edit, anatomy)
+
+
+def _check_values(edit: Edit) -> None:
+    direction = getattr(edit, "direction", None)
+    if isinstance(direction, Tensor) and bool((direction.norm(dim=-1) == 0).any()):
+        raise InputError(f"{edit.described()}: `direction` is zero, so there is no component along it")
+    if isinstance(edit, Clamp) and edit.low > edit.high:
+        raise InputError(f"{edit.described()}: low {edit.low:g} is above high {edit.high:g}")
 
 
 def _check_width(edit: Edit, anatomy: Anatomy) -> None:
@@ -89,7 +98,7 @@ class _Compiled:
     def _edited(self, number: int, edit: Edit, view: Tensor, mask: Tensor | None) -> Tensor:
         edit = self._on_device(number, edit, view)
         if edit.units is None:
-            new = edit.transform(view)
+            new = edit.transform(view).to(view.dtype)
             return new if mask is None else torch.where(_expand(mask, new), new, view)
         units = self._units[number].to(view.device)
         dim = 2
@@ -114,15 +123,19 @@ class _Compiled:
         mask = _position_mask(edit, x, self.tracker.current)
         if isinstance(mask, bool) or edit.rows is None:
             return mask
-        rows = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
-        rows[_beam_rows(edit.rows, x.shape[0], edit)] = True
-        return rows[:, None] if mask is None else mask & rows[:, None]
+        repeats = self.tracker.current.repeats if self.tracker.current is not None else 1
+        rows = _row_mask(edit, x.shape[0] // repeats).to(x.device).repeat_interleave(repeats)[:, None]
+        return rows if mask is None else mask & rows
 
 
-def _beam_rows(rows: Sequence[int], batch: int, edit: Edit) -> list[int]:
-    if max(rows) >= batch or min(rows) < 0:
-        raise InputError(f"{edit.described()} names row {max(rows)}, but the batch has {batch} rows")
-    return list(rows)
+def _row_mask(edit: Edit, batch: int) -> Tensor:
+    """[batch] True on the rows of the edit."""
+    mask = torch.zeros(batch, dtype=torch.bool)
+    for row in edit.rows or ():
+        if not 0 <= row < batch:
+            raise InputError(f"{edit.described()} names row {row}, but the batch has {batch} rows")
+        mask[row] = True
+    return mask
 
 
 def _position_mask(edit: Edit, x: Tensor, current: fw.Forward | None) -> Tensor | None | Literal[False]:
@@ -166,8 +179,9 @@ def _expand(mask: Tensor, like: Tensor) -> Tensor:
 def edit(model: Any, edits: Edit | Sequence[Edit], *, compile_to: str = "auto", strict: bool = True) -> Iterator[None]:
     """Apply edits to every forward pass inside the block; afterwards the model is bit-identical to before.
 
-    compile_to: "auto" turns constant adds into biases where the architecture allows it, "hook" never does, "bias"
-    insists (HookError otherwise). strict: raise HookError after the block for an edit that no forward pass reached.
+    compile_to: "auto" turns constant adds to a sublayer's output into biases where nothing can tell the difference,
+    "hook" never does, "bias" insists, also at resid_post, where mlp_out then holds the vector too (HookError where
+    the architecture has no such bias). strict: raise HookError after the block for an edit that no forward pass reached.
     Works under generate() with KV cache and beams, autocast, torch.compile, device_map, and with gradients.
     """
     module, edits = unwrap(model), [edits] if isinstance(edits, Edit) else list(edits)
@@ -200,13 +214,16 @@ class Installed:
             raise
 
     def _install(self, model: Any, module: nn.Module, anatomy: Anatomy, compile_to: str) -> None:
-        from .bias import add_biases, constant_add
+        from .bias import add_biases, constant_add, indistinguishable
         from .compiled import hooks_under_compile
 
         numbered = list(enumerate(self.edits))
-        biases = [] if compile_to == "hook" else [(i, e) for i, e in numbered if constant_add(e, module, anatomy)]
-        as_bias = {i for i, _ in biases}
-        if compile_to == "bias" and len(biases) < len(numbered):
+        as_bias: set[int] = set()
+        if compile_to == "auto":
+            as_bias = indistinguishable(numbered, module, anatomy)
+        elif compile_to == "bias":
+            as_bias = {i for i, e in numbered if constant_add(e, module, anatomy)}
+        if compile_to == "bias" and len(as_bias) < len(numbered):
             bad = next(e for i, e in numbered if i not in as_bias)
             raise HookError(
                 f"{bad.described()} cannot be a bias of this {anatomy.structure} model; use compile_to='hook'"
@@ -217,10 +234,10 @@ class Installed:
                 point = anatomy.point(e.site, e.layer % anatomy.n_layers)
                 hooked.setdefault((point.module, point.io), []).append((point, i, e))
         if hooked:
-            self._stack.enter_context(hooks_under_compile(model))
+            self._stack.enter_context(hooks_under_compile(model, module))
             for handle in self.tracker.install():
                 self._stack.callback(handle.remove)
-        self._stack.enter_context(add_biases(module, anatomy, [e for _, e in biases]))
+        self._stack.enter_context(add_biases(module, anatomy, [e for i, e in numbered if i in as_bias]))
         self.fired |= as_bias
         for (path, io), items in hooked.items():
             handle = fw.hook_point(module.get_submodule(path), io, _Compiled(items, self.tracker, self.fired))

@@ -21,7 +21,8 @@ class Edit:
 
     units: heads at q/k/v/z, else dimensions or neurons; None means all. positions: "all", "prompt", "generated",
     "last" (the last token of each forward pass), or (start, stop) spans per row. rows: batch rows to edit, None
-    means all. Tensors with a leading batch dimension hold one value per row; under beam search rows repeat.
+    means all. Tensors with a leading batch dimension hold one value per row. Under beam search or several return
+    sequences, rows are those of the batch given to generate(), and each stands for all its repeats.
     """
 
     site: str = "resid_post"
@@ -96,7 +97,10 @@ class Scale(Edit):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Project(Edit):
-    """Move the component along `direction` [width] or [B, width] to `target` (0 removes it), by share `amount`."""
+    """Move the component along `direction` [width] or [B, width] to `target` (0 removes it), by share `amount`.
+
+    target: number or [B].
+    """
 
     direction: Tensor
     target: float | Tensor = 0.0
@@ -109,9 +113,11 @@ class Project(Edit):
     def transform(self, x: Tensor) -> Tensor:
         unit = nn.functional.normalize(self.direction, dim=-1)
         unit = _rowwise(unit, x, x.dim() - 1)
-        target = self.target if not isinstance(self.target, Tensor) else self.target.reshape(-1, 1)
+        target = self.target
+        if isinstance(target, Tensor) and target.dim():
+            target = _rowwise(target.reshape(-1, *(1,) * (x.dim() - 2)), x, x.dim() - 1)
         component = (x * unit).sum(-1, keepdim=True)
-        return x + self.amount * (_rowwise(target, x, 2) - component) * unit
+        return x + self.amount * (target - component) * unit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

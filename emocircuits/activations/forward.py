@@ -102,7 +102,7 @@ class ForwardTracker:
         if tokens is None:
             raise HookError("the decoder was called without input_ids or inputs_embeds, so positions are unknown")
         batch, length, past = tokens.shape[0], tokens.shape[1], _cached_length(named)
-        mask = self._key_mask((self._outer_mask, named.get("attention_mask")), past, length)
+        mask = self._key_mask((self._outer_mask, named.get("attention_mask")), batch, past, length)
         call = self._calls[-1] if self._calls else None
         repeats = batch // call.rows if call is not None and batch % call.rows == 0 else 1
         prompt = self._guess_prompt(tokens, past, length) if call is None else call.columns
@@ -110,7 +110,7 @@ class ForwardTracker:
         self.count += 1
         self._outer_mask = None
 
-    def _key_mask(self, masks: tuple[Any, Any], past: int, length: int) -> Tensor | None:
+    def _key_mask(self, masks: tuple[Any, Any], batch: int, past: int, length: int) -> Tensor | None:
         """[B, past + length] True on real tokens, from the first mask that says it.
 
         4-d masks of later passes hide what a sliding window has left behind, so there the prompt's padding is kept.
@@ -120,10 +120,12 @@ class ForwardTracker:
         full = [m for m in map(_attended, masks) if m is not None]
         if plain:
             mask: Tensor | None = plain[0][:, :end].bool()
-        elif full and past and self._prompt_mask is not None and len(self._prompt_mask) == len(full[0]):
+        elif full and past and self._prompt_mask is not None and len(self._prompt_mask) == batch:
             mask = nn.functional.pad(self._prompt_mask, (0, end - self._prompt_mask.shape[1]), value=True)
         else:
             mask = next((m[:, :end] for m in full if m.shape[-1] >= end), None)
+        if mask is not None and len(mask) != batch:  # one mask for every row
+            mask = mask.expand(batch, -1)
         if not past:
             self._prompt_mask = mask
         return mask

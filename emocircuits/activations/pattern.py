@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from ..errors import HookError
 from ..models.anatomy import Anatomy
 
-NAME = "emocircuits_watch"
+PREFIX = "emocircuits_watch_"
 Watcher = Callable[[int, Tensor], None]
+_WATCHERS: dict[int, list[tuple[int, Watcher]]] = {}
+"""id of an attention module -> (its layer, who wants its probabilities), while they are watched."""
 
 
 @contextmanager
@@ -27,36 +29,54 @@ def watch_patterns(model: nn.Module, anatomy: Anatomy, layers: list[int], keep: 
 
     Raises HookError for models that do not go through transformers' attention interface.
     """
-    modules = {id(model.get_submodule(anatomy.attention[layer])): layer for layer in layers}
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in map(model.get_submodule, anatomy.attention)) if c}
+    for layer in layers:
+        if not anatomy.attention[layer]:
+            anatomy.point("pattern", layer)  # raises with the reason
+    modules = [model.get_submodule(path) for path in anatomy.attention if path]
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if c}
     if not configs or not all(hasattr(config, "_attn_implementation") for config in configs.values()):
         raise HookError("attention patterns need a transformers model with an attention interface; read 'q' and 'k'")
     with ExitStack() as stack:
         for config in configs.values():
             original = config._attn_implementation
-            name = _register(f"{NAME}_{id(model)}", original, modules, keep)
             stack.callback(setattr, config, "_attn_implementation_internal", original)
-            config._attn_implementation_internal = name
+            config._attn_implementation_internal = _registered(original)
+        for layer in layers:
+            key, entry = id(model.get_submodule(anatomy.attention[layer])), (layer, keep)
+            _WATCHERS.setdefault(key, []).append(entry)
+            stack.callback(_forget, key, entry)
         yield
 
 
-def _register(name: str, original: str, modules: dict[int, int], keep: Watcher) -> str:
+def _forget(key: int, entry: tuple[int, Watcher]) -> None:
+    _WATCHERS[key].remove(entry)
+    if not _WATCHERS[key]:
+        del _WATCHERS[key]
+
+
+def _registered(original: str) -> str:
+    """Name of the attention function that tells the watchers and then does what `original` does."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    if original.startswith(PREFIX):  # a watch inside a watch
+        return original
+
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        if id(module) in modules:
-            keep(modules[id(module)], probabilities(module, query, key, attention_mask, **kwargs))
+        if id(module) in _WATCHERS:
+            weights = probabilities(module, query, key, attention_mask, **kwargs)
+            for layer, keep in list(_WATCHERS[id(module)]):
+                keep(layer, weights)
         delegate = ALL_ATTENTION_FUNCTIONS.get_interface(original, _eager_of(module))
         return delegate(module, query, key, value, attention_mask, **kwargs)
 
     # Both tables, or transformers silently drops the padding mask.
-    AttentionInterface.register(name, forward)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
-    return name
+    AttentionInterface.register(PREFIX + original, forward)
+    AttentionMaskInterface.register(PREFIX + original, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    return PREFIX + original
 
 
 def _eager_of(module: nn.Module) -> Any:
@@ -74,9 +94,13 @@ def probabilities(
     scaling: float | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """softmax(q k^T * scaling) under the given mask, [B, n_heads, Q, K], in float32."""
+    """softmax(q k^T * scaling) under the given mask, [B, n_heads, Q, K], in float32.
+
+    `s_aux` [n_heads] are attention sinks: they take their share of each row, so that it sums to less than one.
+    """
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = (query.float() @ key.float().mT) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     if softcap is not None:
@@ -91,4 +115,7 @@ def probabilities(
         scores = scores.masked_fill(~mask[..., :k_len], torch.finfo(scores.dtype).min)
     else:
         scores = scores + mask[..., :k_len]
+    if s_aux is not None:
+        sinks = s_aux.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
     return scores.softmax(-1)

@@ -85,6 +85,7 @@ class Anatomy:
     decoder: str
     blocks: tuple[str, ...]
     attention: tuple[str, ...]
+    """Of each block; "" where a block has no softmax attention."""
     final_norm: str
     lm_head: str | None
     points: dict[Key, Point] = field(repr=False)
@@ -101,6 +102,7 @@ class Anatomy:
         from ..activations.sites import check_site
 
         check_site(site)
+        layer = layer + self.n_layers if layer < 0 else layer
         key = (site, 0 if site == "final_norm" else layer)
         if key in self.points:
             return self.points[key]
@@ -112,7 +114,7 @@ class Anatomy:
         from ..activations.sites import SITES
 
         present = {site for site, _ in self.points}
-        if self.attention:
+        if any(self.attention):
             present.add("pattern")
         return [site for site in SITES if site in present]
 
@@ -164,6 +166,7 @@ def register_structure(model_type: str, **roles: str) -> None:
         if role not in allowed:
             raise unknown("role", role, allowed)
     _STRUCTURES[model_type] = dict(roles)
+    _CACHE.clear()
 
 
 def unwrap(model: Any) -> nn.Module:
@@ -278,7 +281,9 @@ class _BlockReader:
         self.points["resid_post", layer] = Point(path, "output")
         self._residual(block, layer, path, attn, mlp)
         if attn is None:
-            self.missing[f"z.{layer}"] = self.missing[f"attn_out.{layer}"] = "this block has no softmax attention"
+            self.attention.append("")
+            for site in ("q", "k", "v", "z", "pattern", "attn_out"):
+                self.missing[f"{site}.{layer}"] = "this block has no softmax attention"
         else:
             self.attention.append(f"{path}.{attn}")
             self._attention(getattr(block, attn), layer, f"{path}.{attn}")
@@ -320,11 +325,15 @@ class _BlockReader:
 
     def _qkv(self, attn: nn.Module, layer: int, path: str, n_heads: int, head_dim: int) -> None:
         kv_heads = n_heads
-        if hasattr(attn, "q_proj"):
+        fused_by_head = child_named(attn, ("query_key_value",))
+        if all(hasattr(attn, f"{site}_proj") for site in "qkv"):
             kv_heads = features(attn.get_submodule("k_proj"))[1] // head_dim
             for site, heads in (("q", n_heads), ("k", kv_heads), ("v", kv_heads)):
-                self.points[site, layer] = Point(f"{path}.{site}_proj", heads=heads)
-        elif hasattr(attn, "query_key_value"):
+                if features(attn.get_submodule(f"{site}_proj"))[1] == heads * head_dim:
+                    self.points[site, layer] = Point(f"{path}.{site}_proj", heads=heads)
+                else:
+                    self.missing[f"{site}.{layer}"] = f"{site}_proj does not hold {heads} heads of width {head_dim} alone"
+        elif fused_by_head and features(getattr(attn, fused_by_head))[1] == 3 * n_heads * head_dim:
             for index, site in enumerate("qkv"):
                 self.points[site, layer] = Point(f"{path}.query_key_value", heads=n_heads, interleaved=(index, 3))
         elif fused := child_named(attn, ("qkv_proj", "c_attn", "Wqkv")):

@@ -1,0 +1,96 @@
+"""The main job runs through every stage on a tiny model, resumes, and reuses what is there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import zoo
+from test_reading import Words
+
+from emocircuits.cli import main
+from emocircuits.demo import Demo, Plan
+from emocircuits.directions import DirectionSet
+from emocircuits.errors import InputError, MissingPackageError
+from emocircuits.evaluation.judges import EmbeddingJudge
+from emocircuits.models.load import Loaded
+from emocircuits.report import write_report
+from emocircuits.runs import Run
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    try:
+        EmbeddingJudge()
+    except MissingPackageError as error:
+        pytest.skip(f"the sentence encoder is not installed: {error}")
+    return Loaded(zoo.build("llama"), Words(), "tiny")
+
+
+def test_a_run_is_complete_and_is_not_done_twice(loaded, tmp_path, monkeypatch) -> None:
+    plan = Plan.small("tiny")
+    report = Demo(tmp_path / "run", plan, loaded).execute()
+    assert "<html" in report.read_text()
+    run = Run.open(tmp_path / "run")
+    for stage in ("quality", "tuning", "texts.steered", "texts", "evaluation", "dose"):
+        assert run.done(stage), stage
+    evaluation = json.loads(run.file("evaluation.json").read_text())
+    assert set(evaluation["methods"]) == {"unsteered", "steered", "random", "prompted"}
+    steered = evaluation["methods"]["steered"]["coherent"]
+    assert steered["n"] == 6 * 4
+    assert steered["n_clusters"] == 4
+    chosen = json.loads(run.file("tuning.json").read_text())["chosen"]
+    assert set(chosen) == set(plan.emotions)
+
+    def never(*_a, **_k):
+        raise AssertionError("a finished run must not generate again")
+
+    monkeypatch.setattr("emocircuits.demo.generate", never)
+    monkeypatch.setattr("emocircuits.demo.read", never)
+    Demo(tmp_path / "run", plan, loaded).execute()
+    assert write_report(tmp_path / "run") == report
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_goes_on(loaded, tmp_path, monkeypatch) -> None:
+    import emocircuits.demo as module
+
+    plan, real, calls = Plan.small("tiny"), module.generate, []
+
+    def stop_at_third(*args, **kwargs):
+        calls.append(kwargs["title"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "generate", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        Demo(tmp_path / "run", plan, loaded).execute()
+    run = Run.open(tmp_path / "run")
+    assert run.done("quality")
+    assert not run.done("tuning")
+    before = run.file("directions_response_mean.safetensors").read_bytes()
+    monkeypatch.setattr(module, "generate", real)
+    Demo(tmp_path / "run", plan, loaded).execute()
+    assert run.file("directions_response_mean.safetensors").read_bytes() == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in loaded.model.modules())
+
+
+def test_the_control_matches_the_norms_of_the_real_steerer(loaded, tmp_path) -> None:
+    demo = Demo(tmp_path / "run", Plan.small("tiny"), loaded)
+    demo.tuning()
+    for emotion in ("anger", "fear"):
+        real, random = demo.steerer(emotion).terms[0], demo.random_steerer(emotion).terms[0]
+        assert real.layers == random.layers
+        assert (real.vectors.norm(dim=-1) - random.vectors.norm(dim=-1)).abs().max() < 1e-3
+        cosine = (real.vectors * random.vectors).sum() / (real.vectors.norm() * random.vectors.norm())
+        assert abs(cosine) < 0.8
+    saved = DirectionSet.load(demo.run.file("directions_response_mean.safetensors"))
+    assert saved.fingerprint is not None
+
+
+def test_other_settings_in_the_same_folder_are_refused(loaded, tmp_path, capsys) -> None:
+    Demo(tmp_path / "run", Plan.small("tiny"), loaded)
+    with pytest.raises(InputError, match="other settings"):
+        Demo(tmp_path / "run", Plan("tiny"), loaded)
+    assert main(["demo", "--model", str(tmp_path / "nothing"), "--out", str(tmp_path / "new"), "--small"]) == 2
+    assert "does not exist" in capsys.readouterr().err
