@@ -181,7 +181,7 @@ def edit(model: Any, edits: Edit | Sequence[Edit], *, compile_to: str = "auto", 
 
     compile_to: "auto" turns constant adds to a sublayer's output into biases where nothing can tell the difference,
     "hook" never does, "bias" insists, also at resid_post, where mlp_out then holds the vector too (HookError where
-    the architecture has no such bias). strict: raise HookError after the block for an edit that no forward pass reached.
+    the architecture has no such bias). strict: raise HookError after the block for an edit that never applied.
     Works under generate() with KV cache and beams, autocast, torch.compile, device_map, and with gradients.
     """
     module, edits = unwrap(model), [edits] if isinstance(edits, Edit) else list(edits)

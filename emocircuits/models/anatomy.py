@@ -332,7 +332,7 @@ class _BlockReader:
                 if features(attn.get_submodule(f"{site}_proj"))[1] == heads * head_dim:
                     self.points[site, layer] = Point(f"{path}.{site}_proj", heads=heads)
                 else:
-                    self.missing[f"{site}.{layer}"] = f"{site}_proj does not hold {heads} heads of width {head_dim} alone"
+                    self.missing[f"{site}.{layer}"] = f"{site}_proj holds more than {heads} heads of width {head_dim}"
         elif fused_by_head and features(getattr(attn, fused_by_head))[1] == 3 * n_heads * head_dim:
             for index, site in enumerate("qkv"):
                 self.points[site, layer] = Point(f"{path}.query_key_value", heads=n_heads, interleaved=(index, 3))
