@@ -225,7 +225,10 @@ def _patches(model: Any, block: Any, site: str, change: Change) -> list[tuple[An
     if site == "resid_mid":  # what attention adds becomes the changed stream minus the stream before
         entered: list[Tensor] = []
         keep = changed_input(lambda x: (entered.clear(), entered.append(x), x)[2])
-        return [(block, keep), (added(block)["attn_out"], changed_output(lambda x: change(entered[0] + x) - entered[0]))]
+        return [
+            (block, keep),
+            (added(block)["attn_out"], changed_output(lambda x: change(entered[0] + x) - entered[0])),
+        ]  # noqa: E501
     if site == "mlp_post":
         return [(down_projection(block), changed_input(change))]
     if site == "z":
@@ -264,7 +267,9 @@ def _qkv_patch(attn: Any, site: str, heads: int, hidden_size: int, change: Chang
 def traces(model: Any) -> dict[str, Any]:
     """Everything a tool could leave behind on a model; equal dicts mean that nothing did."""
     return {
-        "hooks": [tuple(map(id, (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))) for m in model.modules()],
+        "hooks": [
+            tuple(map(id, (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))) for m in model.modules()
+        ],  # noqa: E501
         "parameters": {name: (id(p), p._version) for name, p in model.named_parameters()},
         "methods": [name for m in model.modules() for name in ("forward", "generate") if name in vars(m)],
         "attention": text_config(model)._attn_implementation,

@@ -139,7 +139,6 @@ class _Reader:
                     f"activations of {site!r} at layer {layer} hold NaN or infinite values; check the model's dtype"
                 )
 
-
     def _finite(self, site: str, value: Tensor) -> Tensor:
         """Whether values are finite wherever they are defined (padding and absent spans are not), as a 0-d tensor."""
         finite = torch.isfinite(value)
