@@ -61,7 +61,7 @@ def _tune_prompting(demo: Demo, base: list[Row]) -> dict[str, Any]:
 
 def doses(demo: Demo, relative: Sequence[float]) -> dict[str, Any]:
     """Rates and perplexity at each relative dose of each emotion's chosen strength, both signs."""
-    base = demo.prompts_of(demo.validation, demo.plan.n_validation)
+    base = demo.prompts_of(demo.validation, max(1, demo.plan.n_validation // 2))
     rows, steerers = [], []
     for dose in relative:
         for emotion in demo.plan.emotions:

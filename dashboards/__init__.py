@@ -1,0 +1,1 @@
+"""The Streamlit explorer over saved runs: the room for its pages."""
