@@ -43,12 +43,12 @@ class Plan:
 
     model: str = "demo"
     emotions: tuple[str, ...] = EKMAN6
-    bands: tuple[tuple[float, float], ...] = ((0.2, 0.75),)
+    bands: tuple[tuple[float, float], ...] = ((0.2, 0.75), (0.3, 0.6))
     """Layer bands to try, as shares of the model's depth."""
-    doses: tuple[float, ...] = (0.07, 0.10, 0.14, 0.18, 0.22)
+    doses: tuple[float, ...] = (0.08, 0.12, 0.16, 0.22)
     """Total strengths to try, shared evenly between the layers of a band."""
     n_train: int | None = None
-    n_validation: int = 10
+    n_validation: int = 6
     n_heldout: int | None = None
     max_new_tokens: int = 26
     batch_size: int = 60

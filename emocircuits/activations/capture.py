@@ -107,7 +107,8 @@ class _Reader:
         value = value if torch.is_grad_enabled() else value.detach()
         if self.into is not None:
             self.into(key, value)
-            self.values[key] = self._finite(key[0], value)  # not a view: it would keep the whole tensor alive
+            # Not a view of the value, which would keep the whole tensor alive.
+            self.values[key] = fw.is_finite(key[0], value, self.valid)
         else:
             self.values[key] = value
         if self.stop and len(self.values) == len(self.keys):
@@ -134,17 +135,10 @@ class _Reader:
                 f"site {site!r} at layer {layer} never fired during the forward pass; nothing was read there"
             )
         for (site, layer), value in self.values.items():
-            if not (value if self.into is not None else self._finite(site, value)):
+            if not (value if self.into is not None else fw.is_finite(site, value, self.valid)):
                 raise HookError(
                     f"activations of {site!r} at layer {layer} hold NaN or infinite values; check the model's dtype"
                 )
-
-    def _finite(self, site: str, value: Tensor) -> Tensor:
-        """Whether values are finite wherever they are defined (padding and absent spans are not), as a 0-d tensor."""
-        finite = torch.isfinite(value)
-        if site != "pattern" and self.valid is not None and value.dim() > 2 and value.shape[:2] == self.valid.shape:
-            finite = finite.flatten(2).all(-1) | ~self.valid.to(value.device)
-        return finite.all()
 
 
 def _batched(x: Tensor, current: fw.Forward | None) -> Tensor:

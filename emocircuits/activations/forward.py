@@ -315,6 +315,14 @@ def plan(positions: Positions, reduce: str | None, forward: Forward, device: tor
     return Plan(valid, columns=columns, squeeze=squeeze)
 
 
+def is_finite(site: str, value: Tensor, valid: Tensor | None) -> Tensor:
+    """Whether values are finite wherever they are defined (padding and absent spans are not), as a 0-d tensor."""
+    finite = torch.isfinite(value)
+    if site != "pattern" and valid is not None and value.dim() > 2 and value.shape[:2] == valid.shape:
+        finite = finite.flatten(2).all(-1) | ~valid.to(value.device)
+    return finite.all()
+
+
 def select(x: Tensor, columns: Tensor | None, weights: Tensor | None, squeeze: bool) -> Tensor:
     """`Plan.select` as a function of tensors only, because it also travels to remote servers as source."""
     if weights is not None:

@@ -60,7 +60,7 @@ def capture_nnsight(
     for read, value in zip(reads, values):
         for key in read.keys:
             tensors[key] = value if read.index else anatomy.point(*key).read(value)
-    _require_finite(tensors)
+    _require_finite(tensors, plan.valid)
     return Activations({key: tensors[key] for key in keys}, plan.valid)
 
 
@@ -148,13 +148,13 @@ def _one_sentence(reads: list[Read]) -> Iterator[None]:
         ) from error
 
 
-def _require_finite(tensors: dict[Key, Tensor]) -> None:
+def _require_finite(tensors: dict[Key, Tensor], valid: Tensor) -> None:
     for (site, layer), value in tensors.items():
         if value is None:
             raise HookError(
                 "attention patterns through nnsight need attn_implementation='eager'; or use backend='torch'"
             )
-        if not torch.isfinite(value).all():
+        if not fw.is_finite(site, value, valid):
             raise HookError(
                 f"activations of {site!r} at layer {layer} hold NaN or infinite values; check the model's dtype"
             )
