@@ -190,17 +190,19 @@ def test_rows_beyond_the_given_batch_are_refused_under_beams() -> None:
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
 def test_assisted_decoding_equals_plain_decoding(positions: str) -> None:
-    """The first pass holds prompt and candidates at once."""
+    """The first pass holds the prompt and the first candidates at once."""
     model, helper = zoo.build("llama"), zoo.build("llama")
+    helper.generation_config.update(num_assistant_tokens=4, assistant_confidence_threshold=0.0)
     inputs = zoo.inputs("llama", model, batch=1, length=6)
-    for _ in range(2):
-        with edit(model, Add(layer=1, vector=vector(), positions=positions)):
-            plain = generate(model, inputs, max_new_tokens=8)
-            assisted = generate(model, inputs, max_new_tokens=8, assistant_model=helper)
-            looked_up = generate(model, inputs, max_new_tokens=8, prompt_lookup_num_tokens=3)
-        for out in (assisted, looked_up):
-            assert torch.equal(out.sequences, plain.sequences)
-            close(scores(out), scores(plain))
+    made = Add(layer=1, vector=vector(), positions=positions)
+    with edit(model, made):
+        plain = generate(model, inputs, max_new_tokens=8)
+    for assistance in ({"assistant_model": helper}, {"prompt_lookup_num_tokens": 3}):
+        with edit(model, made):
+            for _ in range(2):
+                out = generate(model, inputs, max_new_tokens=8, **assistance)
+                assert torch.equal(out.sequences, plain.sequences)
+                close(scores(out), scores(plain))
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated"])
@@ -292,7 +294,8 @@ def test_a_patch_of_the_prompt_is_not_asked_to_fit_later_passes() -> None:
 # ---------------------------------------------------------------- compiled by generate itself
 
 
-def test_the_call_that_generate_compiles_for_static_caches_notices_edits() -> None:
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_the_call_that_generate_compiles_for_static_caches_notices_edits(compiled_first: bool) -> None:
     """On a CPU transformers compiles only when told to; on a GPU it does so by default."""
     from transformers import CompileConfig
 
@@ -308,12 +311,11 @@ def test_the_call_that_generate_compiles_for_static_caches_notices_edits() -> No
     clean = scores(generate(plain, inputs, max_new_tokens=3))
     with edit(plain, made):
         expected = scores(generate(plain, inputs, max_new_tokens=3))
-    with edit(model, made):  # compiled inside the block
+    if compiled_first:
+        close(scores(generate(model, inputs, **compiled)), clean)
+    with edit(model, made):
         close(scores(generate(model, inputs, **compiled)), expected)
     assert "_compiled_call" in vars(model), "the test must really reach the compiled call"
-    close(scores(generate(model, inputs, **compiled)), clean)
-    with edit(model, made):  # compiled before the block
-        close(scores(generate(model, inputs, **compiled)), expected)
     close(scores(generate(model, inputs, **compiled)), clean)
     torch._dynamo.reset()
 
