@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import quality
-from .directions import DirectionSet, fit
+from .directions import DirectionSet, centre, fit
 from .evaluation import scoring
 from .evaluation.statistics import clustered_bootstrap
 from .reading import Features
@@ -128,7 +128,7 @@ def _pca_file(demo: Demo, directions: DirectionSet, layer: int) -> None:
 
     slot = directions.layers.index(layer)
     train, test = (f.complete(demo.plan.emotions) for f in (demo.replies(False), demo.replies(True)))
-    a, b = (quality_centre(f)[:, slot].numpy() for f in (train, test))
+    a, b = (centre(f)[:, slot].numpy() for f in (train, test))
     _, spread, axes = np.linalg.svd(a - a.mean(0), full_matrices=False)
     points = []
     for features, x, held in ((train, a, False), (test, b, True)):
@@ -137,13 +137,6 @@ def _pca_file(demo: Demo, directions: DirectionSet, layer: int) -> None:
     share = (spread**2 / (spread**2).sum())[:2].tolist()
     value = {"layer": layer, "variance": share, "points": points, "umap": None}
     artefact.write_json_atomic(demo.run.file("embedding.json"), value)
-
-
-def quality_centre(features: Features) -> Any:
-    """Group-centred readings (see directions.centre)."""
-    from .directions import centre
-
-    return centre(features)
 
 
 def evaluate(demo: Demo) -> dict[str, Any]:
