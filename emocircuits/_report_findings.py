@@ -29,9 +29,13 @@ def headline(data: RunData) -> list[str]:
 
 
 def _direction_result(data: RunData) -> tuple[Data, Data]:
-    """The first direction set, and the row of its held-out-theme test at the chosen layer."""
+    """The first direction set, and the held-out-theme score of the read-out (method and layer) of its training themes.
+
+    A run without a read-out is judged by the first set at its own best layer.
+    """
     found = ((data.quality or {}).get("sets") or [{}])[0]
-    return found, sections.row_at(sections.held_out_test(found), found.get("best_layer"))
+    readout = (data.quality or {}).get("readout")
+    return found, readout or sections.row_at(sections.held_out_test(found), found.get("best_layer"))
 
 
 def _said_directions(data: RunData) -> str:
@@ -46,7 +50,7 @@ def _said_directions(data: RunData) -> str:
     null = _null_limit(data, found)
     beside = f"chance {chance:.2f}" + ("" if null is None else f", shuffled labels up to {null:.2f}")
     return (
-        f"{start}: read at layer {esc(found.get('best_layer'))}, they tell {goal} apart on themes "
+        f"{start}: read at layer {esc(row.get('layer'))}, they tell {goal} apart on themes "
         f"never used in fitting with accuracy {interval(sections.as_interval(row), '.2f')} ({beside}).{end}"
     )
 

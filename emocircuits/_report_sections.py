@@ -11,7 +11,6 @@ from emocircuits._report_html import (
     Page,
     emotion_label,
     esc,
-    fact_list,
     interval,
     note,
     num,
@@ -246,7 +245,7 @@ def directions(page: Page, quality: Data) -> str:
     """Accuracy and AUROC by layer of every set, other fits, and how far the directions repeat."""
     sets = quality.get("sets") or []
     curves = "".join(_curves(page, found, quality) for found in sets)
-    return _best_layers(quality) + _grid(curves) + _alternatives(quality) + _grid(_agreement(page, quality))
+    return _best_layers(quality) + _grid(curves) + _fits(quality) + _grid(_agreement(page, quality))
 
 
 def _curves(page: Page, found: Data, quality: Data) -> str:
@@ -282,18 +281,27 @@ def _best_layers(quality: Data) -> str:
     return table("Every test at the layer that training themes chose.", head, rows)
 
 
-def _alternatives(quality: Data) -> str:
-    layers = list(quality["layers"])
-    best = {s["name"]: s.get("best_layer") for s in quality.get("sets") or []}
+def _fits(quality: Data) -> str:
     rows = []
-    for other in quality.get("alternatives") or []:
-        layer = best.get(other.get("set"))
-        at = layers.index(layer) if layer in layers else None
-        scores = [num(None if at is None else _at(other.get(key), at)) for key in ("accuracy", "auroc")]
-        rows.append([f"{esc(other.get('method'))} on {esc(other.get('set'))}", esc(layer), *scores])
+    for other in quality.get("fits") or []:
+        chosen = other.get("method") == (quality.get("readout") or {}).get("method")
+        rows.append(
+            [
+                esc(other.get("method")) + (" (the read-out)" if chosen else ""),
+                esc(other.get("layer")),
+                num(other.get("across_themes")),
+                interval(as_interval(other), ".2f"),
+                num(other.get("auroc")),
+            ]
+        )
     if not rows:
         return ""
-    return table("Other ways to fit, at the same layer.", ["method", "layer", "accuracy", "AUROC"], rows, wide=False)
+    head = ["method", "layer", "left-out training themes", "held-out themes", "AUROC"]
+    caption = (
+        "Ways to fit the reply directions, each at the layer its training themes chose. The read-out is the method "
+        "that was best on left-out training themes; the plain difference of means steers."
+    )
+    return table(caption, head, rows, wide=False)
 
 
 def _agreement(page: Page, quality: Data) -> str:
@@ -340,10 +348,6 @@ def geometry(page: Page, quality: Data | None, embedding: Data | None) -> str:
         fig = plots.embedding_scatter(found, (axes[0], axes[1]))
         caption = "Open diamonds are held out: they were not used to fit the axes or the directions."
         figures.append(page.figure(fig, f"Readings at layer {layer}, first two principal components", caption))
-        if embedding.get("umap"):
-            moved = [{**p, **u} for p, u in zip(found, embedding["umap"])]
-            fig = plots.embedding_scatter(moved, ("UMAP 1", "UMAP 2"))
-            figures.append(page.figure(fig, "The same readings, UMAP", "Distances between groups mean little here."))
     if quality and (shape := quality.get("geometry")):
         fig = plots.geometry_map(shape["cosines"], quality["emotions"])
         figures.append(page.figure(fig, f"Cosines between the emotions' directions at layer {shape.get('layer')}"))
@@ -380,4 +384,12 @@ def judge(evaluation: Data) -> str:
     )
     head = ["emotion", "recall, its own corpus (cross-validated)", "recall, held-out replies"]
     result = words + table("Reliability of the judge.", head, [*rows, accuracy], strong="all", wide=False)
-    return result + (f"<h3>Second judge</h3>{fact_list(found['second'])}" if found.get("second") else "")
+    return result + _second_opinion(found.get("second"))
+
+
+def _second_opinion(found: Data | None) -> str:
+    if not found:
+        return ""
+    rows = [[esc(method), interval(rate)] for method, rate in (found.get("coherent") or {}).items()]
+    caption = f"The same texts, judged by {esc(found.get('name'))}."
+    return "<h3>Second opinion</h3>" + table(caption, ["method", "coherent expression"], rows, wide=False)

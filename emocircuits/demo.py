@@ -24,7 +24,7 @@ from .data.scenarios import ScenarioSet, discovery, heldout
 from .directions import DirectionSet, fit
 from .evaluation import scoring
 from .evaluation.fluency import FluencyThresholds, fit_thresholds, kl_on_neutral, perplexity
-from .examples import one_valence, prompt_examples, reply_examples
+from .examples import one_valence, prompt_examples, reply_examples, without_opening
 from .generation import Decoding, generate
 from .models.fingerprint import fingerprint
 from .models.load import Loaded, load
@@ -43,12 +43,12 @@ class Plan:
 
     model: str = "demo"
     emotions: tuple[str, ...] = EKMAN6
-    bands: tuple[tuple[float, float], ...] = ((0.2, 0.75), (0.3, 0.6))
+    bands: tuple[tuple[float, float], ...] = ((0.2, 0.75),)
     """Layer bands to try, as shares of the model's depth."""
-    doses: tuple[float, ...] = (0.08, 0.12, 0.16, 0.22)
+    doses: tuple[float, ...] = (0.09, 0.12, 0.15, 0.19)
     """Total strengths to try, shared evenly between the layers of a band."""
     n_train: int | None = None
-    n_validation: int = 6
+    n_validation: int = 12
     n_heldout: int | None = None
     max_new_tokens: int = 26
     batch_size: int = 60
@@ -122,6 +122,11 @@ class Demo:
         source = self.heldout if held_out else self.train
         name = f"replies_{'heldout' if held_out else 'train'}"
         return self.features(name, lambda: reply_examples(source, self.plan.emotions), "response_mean")
+
+    def reply_tails(self) -> Features:
+        """Held-out replies read after their first three words."""
+        examples = lambda: without_opening(reply_examples(self.heldout, self.plan.emotions))  # noqa: E731
+        return self.features("replies_tails", examples, "response_mean")
 
     def prompts(self, which: str) -> Features:
         """Last prompt token of prompts that ask for the emotion: "train", "heldout", or "nounfree" (held out)."""

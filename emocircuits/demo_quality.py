@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def measure(demo: Demo) -> dict[str, Any]:
     """The content of quality.json: two direction sets, each with its tests, null and reliability."""
-    emotions, seed = demo.plan.emotions, demo.plan.seed
+    emotions = demo.plan.emotions
     replies, prompts = demo.directions("response_mean"), demo.directions("last_prompt")
     tests = {
         "replies": ("held-out themes, replies", "unseen scenarios of unseen themes; replies never name the emotion"),
@@ -41,10 +41,8 @@ def measure(demo: Demo) -> dict[str, Any]:
         "emotions": list(emotions),
         "layers": list(replies.layers),
         "sets": sets,
-        "alternatives": [
-            _alternative(demo.replies(False), data["replies"], emotions, method, seed) for method in ("lda", "logistic")
-        ],
-        "confounds": _confounds(sets, agreement),
+        **_fits(demo, sets[0], data["replies"]),
+        "confounds": _confounds(demo, sets, replies, agreement),
         "cosines": {"response_mean vs last_prompt": agreement.tolist()},
         "geometry": {
             "layer": sets[0]["best_layer"],
@@ -83,29 +81,51 @@ def _one_set(
     }
 
 
-def _alternative(train: Features, test: Features, emotions: tuple[str, ...], method: str, seed: int) -> dict[str, Any]:
-    rows = quality.held_out(fit(train, emotions, method=method, seed=seed), test, seed=seed)
-    return {
-        "method": method,
-        "set": "response_mean",
-        "accuracy": [r["accuracy"] for r in rows],
-        "auroc": [r["auroc"] for r in rows],
-    }
+def _fits(demo: Demo, plain: dict[str, Any], test: Features) -> dict[str, Any]:
+    """Other ways to fit the reply directions, and the read-out: the method and layer that training themes chose."""
+    emotions, seed, train = demo.plan.emotions, demo.plan.seed, demo.replies(False)
+    lda = _fit(train, test, emotions, "lda", quality.across_themes(train, emotions, method="lda", seed=seed), seed)
+    logistic = _fit(train.at([lda["layer"]]), test.at([lda["layer"]]), emotions, "logistic", None, seed)
+    at_best = next(r for r in plain["tests"][0]["rows"] if r["layer"] == plain["best_layer"])
+    diff_means = {"method": "diff_means", "layer": plain["best_layer"], "across_themes": max(plain["across_themes"])}
+    diff_means |= {k: at_best[k] for k in ("accuracy", "low", "high", "auroc")}
+    chosen = max((diff_means, lda), key=lambda found: found["across_themes"])
+    return {"fits": [diff_means, lda, logistic], "readout": chosen}
 
 
-def _confounds(sets: list[dict[str, Any]], agreement: np.ndarray) -> list[dict[str, Any]]:
+def _fit(
+    train: Features, test: Features, emotions: tuple[str, ...], method: str, across: np.ndarray | None, seed: int
+) -> dict[str, Any]:
+    """One method at its best layer by `across` [n_layers] (leave-one-theme-out), scored on held-out themes."""
+    slot = 0 if across is None else int(np.argmax(across))
+    at = [train.layers[slot]]
+    row = quality.held_out(fit(train.at(at), emotions, method=method, seed=seed), test.at(at), seed=seed)[0]
+    kept = {k: row[k] for k in ("layer", "accuracy", "low", "high", "auroc")}
+    return {"method": method, "across_themes": None if across is None else float(across[slot]), **kept}
+
+
+def _confounds(
+    demo: Demo, sets: list[dict[str, Any]], replies: DirectionSet, agreement: np.ndarray
+) -> list[dict[str, Any]]:
     def at_best(index: int, test: str) -> float:
         chosen = sets[index]
         rows = next(t for t in chosen["tests"] if t["name"] == test)["rows"]
         return next(r["accuracy"] for r in rows if r["layer"] == chosen["best_layer"])
 
     layer = sets[0]["best_layer"]
+    tails = quality.held_out(replies.select([layer]), demo.reply_tails().at([layer]), seed=demo.plan.seed)[0]
     return [
         {
             "name": "emotion noun",
             "what": "accuracy of prompt directions on a wording without emotion words, less that on seen wordings",
             "value": at_best(1, "held-out themes, noun-free wording") - at_best(1, "held-out themes, prompts"),
             "note": "a large loss means that the word for the emotion was learnt; reply directions avoid it",
+        },
+        {
+            "name": "opening of the reply",
+            "what": "accuracy of reply directions on replies without their first three words, less that on whole ones",
+            "value": tails["accuracy"] - at_best(0, "held-out themes, replies"),
+            "note": "a large loss means that the opener was learnt, not the emotion",
         },
         {
             "name": "opening token",
@@ -135,7 +155,7 @@ def _pca_file(demo: Demo, directions: DirectionSet, layer: int) -> None:
         for (u, v), emotion, theme in zip(((x - a.mean(0)) @ axes[:2].T).tolist(), features.labels, features.themes):
             points.append({"x": u, "y": v, "emotion": emotion, "theme": theme, "held_out": held})
     share = (spread**2 / (spread**2).sum())[:2].tolist()
-    value = {"layer": layer, "variance": share, "points": points, "umap": None}
+    value = {"layer": layer, "variance": share, "points": points}
     artefact.write_json_atomic(demo.run.file("embedding.json"), value)
 
 
@@ -165,12 +185,12 @@ def evaluate(demo: Demo) -> dict[str, Any]:
         ],
         "kl_on_neutral": demo.kl(),
         "thresholds": demo.run.json_stage("thresholds", dict),
-        "judge": _judge_card(demo),
+        "judge": _judge_card(demo, scored),
         "unsteered_labels": dict(Counter(r["predicted"] for r in by_method["unsteered"])),
     }
 
 
-def _judge_card(demo: Demo) -> dict[str, Any]:
+def _judge_card(demo: Demo, scored: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """How far the judge can be trusted: on its own corpus, and on held-out replies whose emotion is known."""
     pairs = [
         (group.skeleton_id, emotion, text)
@@ -180,8 +200,7 @@ def _judge_card(demo: Demo) -> dict[str, Any]:
     truth, texts = np.asarray([p[1] for p in pairs]), [p[2] for p in pairs]
     names = np.asarray(demo.judge.labels)
     correct = (names[demo.judge.probabilities(texts).argmax(1)] == truth).astype(float)
-    plain = [re.sub(r"[^\w\s']", " ", t) for t in texts]
-    without = (names[demo.judge.probabilities(plain).argmax(1)] == truth).mean()
+    without = (names[demo.judge.probabilities(list(map(_unpunctuated, texts))).argmax(1)] == truth).mean()
     report = demo.judge.report()
     return {
         "name": demo.judge.name,
@@ -194,5 +213,21 @@ def _judge_card(demo: Demo) -> dict[str, Any]:
             "recall": {str(e): float(correct[truth == e].mean()) for e in names},
             "accuracy_without_punctuation": float(without),
         },
-        "second": None,
+        "second": _without_punctuation(demo, scored),
     }
+
+
+def _unpunctuated(text: str) -> str:
+    return re.sub(r"[^\w\s']", " ", text)
+
+
+def _without_punctuation(demo: Demo, scored: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The judge's verdicts on the same texts without punctuation: what is left is not due to ! and ?."""
+    names, found = np.asarray(demo.judge.labels), {}
+    for method, rows in scored.items():
+        verdicts = names[demo.judge.probabilities([_unpunctuated(r["text"]) for r in rows]).argmax(1)]
+        again = [
+            {**r, "coherent": r["emotion"] == v and not (r["named"] or r["degenerate"])} for r, v in zip(rows, verdicts)
+        ]
+        found[method] = scoring.interval(again, "coherent", demo.plan.seed)
+    return {"name": f"{demo.judge.name}, punctuation removed from every text", "coherent": found}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .data.prompts import SPEECH, Wording, wordings_for
 from .data.scenarios import Group, ScenarioSet
@@ -24,6 +25,20 @@ def reply_examples(scenarios: ScenarioSet, emotions: Sequence[str]) -> list[Exam
         for emotion in emotions
         if emotion in replies
     ]
+
+
+def without_opening(examples: Sequence[Example], n_words: int = 3) -> list[Example]:
+    """The same examples read from the response's word `n_words` on; shorter responses are left out.
+
+    What a direction still tells apart then is not only how replies in an emotion open.
+    """
+    kept = []
+    for example in examples:
+        words = example.response.split(" ")
+        if len(words) > n_words:
+            opening, rest = " ".join(words[:n_words]), " " + " ".join(words[n_words:])
+            kept.append(replace(example, continuation=example.continuation + opening, response=rest))
+    return kept
 
 
 def prompt_examples(

@@ -66,8 +66,8 @@ def generate(
 ) -> list[str]:
     """Continuations of the prompts, each row under its own steerer (None: unsteered), in the order given.
 
-    Prompts are texts or chat messages. Row i draws from its own stream, seeded by `seed` and i. prompts
-    and steerers do not pair up or a prompt leaves no room in the model's context.
+    Prompts are texts or chat messages. Row i draws from its own stream, seeded by `seed` and i. Raises
+    InputError when prompts and steerers do not pair up or a prompt leaves no room in the model's context.
     """
     decoding = decoding or Decoding()
     rows = list(steerers) if isinstance(steerers, Sequence) else [steerers] * len(prompts)

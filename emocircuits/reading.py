@@ -63,6 +63,13 @@ class Features:
         pick = {n: tuple(getattr(self, n)[i] for i in index) for n in ("labels", "groups", "themes", "clusters")}
         return replace(self, x=self.x[index], **pick)
 
+    def at(self, layers: Sequence[int]) -> Features:
+        """The same readings at fewer layers; raises InputError for a layer that was not read."""
+        for layer in layers:
+            if layer not in self.layers:
+                raise unknown("layer of these readings", layer, self.layers)
+        return replace(self, x=self.x[:, [self.layers.index(layer) for layer in layers]], layers=tuple(layers))
+
     def complete(self, emotions: Sequence[str]) -> Features:
         """Only these emotions, and only groups that have every one of them (directions need balanced groups)."""
         have: dict[str, set[str]] = {}

@@ -80,6 +80,10 @@ def quality(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) ->
             ],
         }
 
+    def fit(method: str, accuracy: float) -> dict[str, Any]:
+        scores = {"accuracy": accuracy, "low": accuracy - 0.03, "high": accuracy + 0.02, "auroc": 0.98}
+        return {"method": method, "layer": layers * 2 // 3, "across_themes": accuracy - 0.02, **scores}
+
     cosines = rng.uniform(-0.5, 0.4, (n, n))
     cosines = (cosines + cosines.T) / 2
     np.fill_diagonal(cosines, 1.0)
@@ -87,10 +91,8 @@ def quality(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) ->
         "emotions": list(emotions),
         "layers": at.tolist(),
         "sets": [one("response_mean", 0.93), one("last_prompt", 0.97)],
-        "alternatives": [
-            {"method": m, "set": "response_mean", "accuracy": curve(0.94), "auroc": curve(0.98)}
-            for m in ("lda", "logistic")
-        ],
+        "fits": [fit("diff_means", 0.93), fit("lda", 0.94), fit("logistic", 0.92)],
+        "readout": fit("lda", 0.94),
         "confounds": [
             {
                 "name": "noun wording",
@@ -122,8 +124,7 @@ def embedding(rng: np.random.Generator, emotions: tuple[str, ...]) -> dict[str, 
         for k, e in enumerate(emotions)
         for i, (x, y) in enumerate(rng.normal((3 * np.cos(k), 3 * np.sin(k)), 0.9, (40, 2)))
     ]
-    umap = [{"x": p["y"] * 2, "y": p["x"] * 2} for p in points]
-    return {"layer": 12, "variance": [0.31, 0.17], "points": points, "umap": umap}
+    return {"layer": 12, "variance": [0.31, 0.17], "points": points}
 
 
 def tuning(rng: np.random.Generator, emotions: tuple[str, ...]) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def evaluation(rng: np.random.Generator, emotions: tuple[str, ...]) -> dict[str,
                 "recall": {e: float(rng.uniform(0.65, 0.95)) for e in emotions},
                 "accuracy_without_punctuation": 0.79,
             },
-            "second": {"name": "likelihood", "agreement": 0.71, "coherent": interval(0.66)},
+            "second": {"name": "likelihood", "coherent": {"steered": interval(0.66), "random": interval(0.1)}},
         },
         "unsteered_labels": dict(zip(labels, rng.multinomial(40, np.ones(len(labels)) / len(labels)).tolist())),
     }

@@ -111,8 +111,7 @@ def test_no_direction_is_claimed_when_the_interval_reaches_the_null(tmp_path: Pa
     run = write_run(tmp_path / "r")
 
     def weaken(quality: dict[str, Any]) -> None:
-        for row in quality["sets"][0]["tests"][0]["rows"]:
-            row |= {"accuracy": 0.26, "low": 0.20, "high": 0.32}
+        quality["readout"] |= {"accuracy": 0.26, "low": 0.20, "high": 0.32}
 
     edit(run / "quality.json", weaken)
     assert "shows no reliable" in headline(read_run(run))[0]
@@ -250,7 +249,12 @@ def test_targets_are_judged_from_the_data(tmp_path: Path) -> None:
 
 def test_the_accuracy_target_needs_a_test_on_themes(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", scenarios=1)
-    edit(run / "quality.json", lambda q: q["sets"][0].update(tests=[{**q["sets"][0]["tests"][1], "name": "seen"}]))
+
+    def spoil(quality: dict[str, Any]) -> None:
+        del quality["readout"]
+        quality["sets"][0]["tests"] = [{**quality["sets"][0]["tests"][1], "name": "seen"}]
+
+    edit(run / "quality.json", spoil)
     assert targets(read_run(run))[0].met is None
 
 
