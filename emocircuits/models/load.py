@@ -263,7 +263,7 @@ def _load_gguf(source: str, name: str, tokenizer: Any, dtype: torch.dtype | None
     with open(source, "rb") as file:
         if file.read(4) != b"GGUF":
             raise InputError(f"{name} is no GGUF file, or a damaged one; download it again")
-    missing = [package for package in ("gguf", "sentencepiece") if find_spec(package) is None]
+    missing = [package for package in ("gguf", "sentencepiece", "accelerate") if find_spec(package) is None]
     if missing:
         raise MissingPackageError(f"reading {name} needs more packages: pip install {' '.join(missing)}")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
