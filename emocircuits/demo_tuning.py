@@ -45,7 +45,7 @@ def tune(demo: Demo) -> dict[str, Any]:
 
 
 def choose(candidates: list[Row]) -> Row:
-    """The candidate with the best coherent rate, smoothed over the neighbouring strengths of its band.
+    """The candidate with the best `gain`, smoothed over the neighbouring strengths of its band.
 
     A dozen scenarios give a rate to within 0.14, so a peak that its neighbours do not share is mostly luck. Weights
     are 1/2 for a strength itself and 1/4 for each neighbour (itself again at the ends); ties go to lower perplexity.
@@ -53,11 +53,19 @@ def choose(candidates: list[Row]) -> Row:
     smooth: dict[int, float] = {}
     for layers in {tuple(c["layers"]) for c in candidates}:
         band = sorted((c for c in candidates if tuple(c["layers"]) == layers), key=lambda c: c["strength"])
-        rates = [c["coherent"] for c in band]
-        padded = [rates[0], *rates, rates[-1]]
+        gains = [c["gain"] for c in band]
+        padded = [gains[0], *gains, gains[-1]]
         for i, candidate in enumerate(band):
             smooth[id(candidate)] = (padded[i] + 2 * padded[i + 1] + padded[i + 2]) / 4
     return max(candidates, key=lambda c: (smooth[id(c)], -(c["perplexity"] or 1e9)))
+
+
+def gain(rows: list[Row]) -> float:
+    """Mean probability the judge gives the target, zero for texts that name it or are degenerate.
+
+    Says what the coherent rate says with less noise, because a verdict just missed still counts.
+    """
+    return sum(r["target_probability"] * (not (r["named"] or r["degenerate"])) for r in rows) / len(rows)
 
 
 def _tune_prompting(demo: Demo, base: list[Row]) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def summary(rows: list[Row], *extra: str) -> dict[str, Any]:
     kept = {k: rows[0][k] for k in ("emotion", "layers", "strength", *extra) if k in rows[0]}
     rates = {n: rate(rows, k) for n, k in (("coherent", "coherent"), ("expression", "expressed"))}
     return {**kept, **rates, "named": rate(rows, "named"), "degenerate": rate(rows, "degenerate"),
-            "perplexity": median(rows), "n": len(rows)}  # fmt: skip
+            "perplexity": median(rows), "gain": gain(rows), "n": len(rows)}  # fmt: skip
 
 
 def _grouped(rows: list[Row], keys: tuple[str, ...]) -> list[list[Row]]:

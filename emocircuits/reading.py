@@ -6,7 +6,7 @@ continuations run on top of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,14 +103,55 @@ def read(
     nothing to read or a text exceeds the model's context.
     """
     check_site(site)
+    wanted = expand_layers(layers, resolve(model).n_layers)
+    rows: list[tuple[int, Tensor]] = []
+    for batch in reading_batches(
+        model, tokenizer, examples, position=position, batch_size=batch_size, progress=progress, title=f"reading {site}"
+    ):
+        rows += list(zip(batch.index, _read_batch(model, batch, site, wanted, position)))
+    return _assemble(rows, examples, site, wanted, position)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs for the examples `index`, and the span [start, stop) of each row that is read.
+
+    Spans count the row's real tokens; with a shared prefix in the KV cache the inputs begin at token `first` of a row.
+    """
+
+    index: list[int]
+    inputs: dict[str, Any]
+    spans: list[tuple[int, int]]
+    first: list[int]
+
+    def weights(self) -> Tensor:
+        """[B, T] weights over the columns of the inputs that average the span of each row."""
+        out = torch.zeros(self.inputs["input_ids"].shape)
+        for row, ((start, stop), first) in enumerate(zip(self.spans, self.first)):
+            out[row, start - first : stop - first] = 1 / (stop - start)
+        return out
+
+
+def reading_batches(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    position: str,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    title: str = "reading",
+) -> Iterator[Batch]:
+    """Batches that together cover all examples, right-padded, with the prompts they share run once.
+
+    batch_size counts prompts; their continuations run together. Raises InputError for a text that exceeds the context.
+    """
     if position not in READING:
         raise unknown("reading position", position, READING)
     if not examples:
         raise InputError("there are no texts to read; check the filter or the file that should hold them")
     if position != "last_prompt" and any(not e.response for e in examples):
         raise InputError(f"position {position!r} reads the response, but some examples have none; use 'last_prompt'")
-    anatomy = resolve(model)
-    wanted = expand_layers(layers, anatomy.n_layers)
     prompts = list(dict.fromkeys(e.prompt for e in examples))
     members: dict[str, list[int]] = {p: [] for p in prompts}
     for i, example in enumerate(examples):
@@ -118,25 +159,14 @@ def read(
     prefix = {p: encode_prompt(tokenizer, p) for p in prompts}
     suffixes = [_suffix(tokenizer, e) for e in examples]
     _check_context(model, [len(prefix[e.prompt]) + len(s) for e, (s, _) in zip(examples, suffixes)])
-    task = progress.add_task(f"reading {site}", total=len(prompts)) if progress else None
-    rows: list[tuple[int, Tensor]] = []
+    task = progress.add_task(title, total=len(prompts)) if progress else None
     for batch in batches(len(prompts), [len(prefix[p]) for p in prompts], batch_size):
         index = [i for b in batch for i in members[prompts[b]]]
         owner = [slot for slot, b in enumerate(batch) for _ in members[prompts[b]]]
-        found = _read_batch(
-            model,
-            tokenizer,
-            [prefix[prompts[b]] for b in batch],
-            [suffixes[i] for i in index],
-            owner,
-            site,
-            wanted,
-            position,
-        )
-        rows += list(zip(index, found))
+        tails = [suffixes[i] for i in index]
+        yield _batch(model, tokenizer, [prefix[prompts[b]] for b in batch], tails, index, owner, position)
         if progress is not None and task is not None:
             progress.advance(task, len(batch))
-    return _assemble(rows, examples, site, wanted, position)
 
 
 def _suffix(tokenizer: Any, example: Example) -> tuple[list[int], int]:
@@ -156,7 +186,7 @@ def _check_context(model: Any, lengths: Sequence[int]) -> None:
         )
 
 
-def _pad(rows: Sequence[Sequence[int]], side: str, fill: int) -> tuple[Tensor, Tensor]:
+def pad(rows: Sequence[Sequence[int]], side: str, fill: int) -> tuple[Tensor, Tensor]:
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), fill)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -167,39 +197,43 @@ def _pad(rows: Sequence[Sequence[int]], side: str, fill: int) -> tuple[Tensor, T
     return ids, mask
 
 
-def _read_batch(
+def _batch(
     model: Any,
     tokenizer: Any,
     prefixes: list[list[int]],
     suffixes: list[tuple[list[int], int]],
+    index: list[int],
     owner: list[int],
-    site: str,
-    layers: list[int],
     position: str,
-) -> list[Tensor]:
-    """One tensor [n_readings, n_layers, width] per suffix."""
+) -> Batch:
     fill = tokenizer.pad_token_id if getattr(tokenizer, "pad_token_id", None) is not None else 0
     starts = [len(prefixes[o]) for o in owner]
     inside = all(ids and (begin or position != "last_prompt") for ids, begin in suffixes)
-    if inside and all(prefixes) and _has_cache(model):
-        ids, mask = _pad(prefixes, "left", fill)
-        cache = _prefix_cache(model, ids, mask)
+    if inside and all(prefixes) and has_cache(model):
+        ids, mask = pad(prefixes, "left", fill)
+        cache = prefix_cache(model, ids, mask)
         cache.batch_select_indices(torch.tensor(owner, device=_device(model)))
-        tail, tail_mask = _pad([s for s, _ in suffixes], "right", fill)
+        tail, tail_mask = pad([s for s, _ in suffixes], "right", fill)
         inputs = {"input_ids": tail, "attention_mask": torch.cat([mask[owner], tail_mask], dim=1)}
         inputs |= {"past_key_values": cache, "use_cache": True}
         first = starts
     else:
-        ids, mask = _pad([prefixes[o] + s for o, (s, _) in zip(owner, suffixes)], "right", fill)
+        ids, mask = pad([prefixes[o] + s for o, (s, _) in zip(owner, suffixes)], "right", fill)
         inputs, first = {"input_ids": ids, "attention_mask": mask}, [0] * len(owner)
     spans = [
         (start + begin - 1, start + begin) if position == "last_prompt" else (start + begin, start + len(ids))
         for start, (ids, begin) in zip(starts, suffixes)
     ]
+    return Batch(index, inputs, spans, first)
+
+
+def _read_batch(model: Any, batch: Batch, site: str, layers: list[int], position: str) -> list[Tensor]:
+    """One tensor [n_readings, n_layers, width] per row."""
     if position == "response_tokens":
-        stacked = capture(model, inputs, site, layers, positions="all").stack(site).flatten(3).float().cpu()
-        return [stacked[:, i, a - o : b - o].transpose(0, 1) for i, ((a, b), o) in enumerate(zip(spans, first))]
-    acts = capture(model, inputs, site, layers, positions=spans, reduce="mean")
+        stacked = capture(model, batch.inputs, site, layers, positions="all").stack(site).flatten(3).float().cpu()
+        pairs = enumerate(zip(batch.spans, batch.first))
+        return [stacked[:, i, a - o : b - o].transpose(0, 1) for i, ((a, b), o) in pairs]
+    acts = capture(model, batch.inputs, site, layers, positions=batch.spans, reduce="mean")
     return [row[None] for row in acts.stack(site).flatten(2).float().cpu().transpose(0, 1)]
 
 
@@ -207,14 +241,14 @@ def _device(model: Any) -> torch.device:
     return next(unwrap(model).parameters()).device
 
 
-def _has_cache(model: Any) -> bool:
+def has_cache(model: Any) -> bool:
     """Rotary models take a shared prefix as it is; learned absolute positions would need position ids per row."""
     decoder = unwrap(model).get_submodule(resolve(model).decoder)
     return hasattr(unwrap(model), "generation_config") and hasattr(decoder, "rotary_emb")
 
 
 @torch.no_grad()
-def _prefix_cache(model: Any, ids: Tensor, mask: Tensor) -> Any:
+def prefix_cache(model: Any, ids: Tensor, mask: Tensor) -> Any:
     """KV cache of the prompts; the forward pass stops before the LM head."""
     from transformers import DynamicCache
 
@@ -247,7 +281,7 @@ def residual_norms(
     model: Any, tokenizer: Any, texts: Sequence[str], site: str = "resid_post", layers: Sequence[int] | None = None
 ) -> Tensor:
     """Mean norm of a token's activation at each layer [n_layers], first tokens left out (BOS norms are extreme)."""
-    ids, mask = _pad([encode_prompt(tokenizer, t) for t in texts], "right", 0)
+    ids, mask = pad([encode_prompt(tokenizer, t) for t in texts], "right", 0)
     acts = capture(model, {"input_ids": ids, "attention_mask": mask}, site, layers, positions="all")
     norms = acts.stack(site).flatten(3).float().norm(dim=-1).cpu()
     keep = mask.bool().clone()

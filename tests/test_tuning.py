@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from emocircuits.demo_tuning import choose
+from emocircuits.demo_tuning import choose, gain
 
 
 def row(strength: float, coherent: float, perplexity: float = 10.0, layers: tuple[int, ...] = (1, 2)) -> dict:
-    return {"layers": list(layers), "strength": strength, "coherent": coherent, "perplexity": perplexity}
+    return {"layers": list(layers), "strength": strength, "gain": coherent, "perplexity": perplexity}
 
 
 def test_a_lonely_peak_loses_against_a_plateau() -> None:
@@ -25,3 +25,8 @@ def test_neighbours_are_of_the_same_band_whatever_the_order() -> None:
 @pytest.mark.parametrize("costs", [(9.0, 30.0), (30.0, 9.0)])
 def test_ties_go_to_the_cheaper_text(costs: tuple[float, float]) -> None:
     assert choose([row(0.1, 0.7, costs[0]), row(0.2, 0.7, costs[1])])["perplexity"] == 9.0
+
+
+def test_a_text_that_names_or_loops_gains_nothing() -> None:
+    verdict = {"target_probability": 0.8, "named": False, "degenerate": False}
+    assert gain([verdict, {**verdict, "named": True}, {**verdict, "degenerate": True}, verdict]) == 0.4

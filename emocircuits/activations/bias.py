@@ -17,11 +17,21 @@ if TYPE_CHECKING:
     from .edits import Edit
 
 
+BEFORE = ("z", "mlp_post")
+"""Sites whose only reader is a Linear: a constant there is W times that constant behind it."""
+
+
+def _linear(edit: Edit, anatomy: Anatomy) -> str | None:
+    """Path of the Linear whose bias can hold this edit."""
+    key = (edit.site, edit.layer % anatomy.n_layers)
+    return anatomy.point(*key).module if edit.site in BEFORE else anatomy.linear_out.get(key)
+
+
 def constant_add(edit: Edit, model: nn.Module, anatomy: Anatomy) -> bool:
-    """Whether this edit is the same vector at every position of every row, right after a plain Linear."""
+    """Whether this edit is the same vector at every position of every row, right before or after a plain Linear."""
     from .edits import Add
 
-    path = anatomy.linear_out.get((edit.site, edit.layer % anatomy.n_layers))
+    path = _linear(edit, anatomy)
     if path is None or not isinstance(edit, Add) or edit.positions != "all":
         return False
     linear = model.get_submodule(path)
@@ -29,20 +39,21 @@ def constant_add(edit: Edit, model: nn.Module, anatomy: Anatomy) -> bool:
     if not plain or edit.rows is not None or edit.units is not None:
         return False
     delta = edit.delta()
-    return delta.dim() == 1 and not delta.requires_grad
+    return delta.dim() == (2 if edit.site == "z" else 1) and not delta.requires_grad
 
 
 def indistinguishable(numbered: Sequence[tuple[int, Edit]], model: nn.Module, anatomy: Anatomy) -> set[int]:
     """Numbers of the constant adds that are the same as a hook, whatever else is attached, before or after.
 
-    Not those at resid_post: their bias also shows in mlp_out, where another edit may scale it away. Not those that
-    would overtake an earlier edit of the same output.
+    Not those at resid_post: their bias also shows in mlp_out, where another edit may scale it away. Not those at z and
+    mlp_post: reading these sites would no longer show them. Not those that would overtake an earlier edit of the
+    same output.
     """
     found: set[int] = set()
     held = {key for key in anatomy.linear_out if model.get_submodule(anatomy.point(*key).module)._forward_hooks}
     for number, edit in numbered:
         key = (edit.site, edit.layer % anatomy.n_layers)
-        if edit.site != "resid_post" and key not in held and constant_add(edit, model, anatomy):
+        if edit.site not in ("resid_post", *BEFORE) and key not in held and constant_add(edit, model, anatomy):
             found.add(number)
         else:
             held.add(key)
@@ -78,9 +89,10 @@ def add_biases(model: nn.Module, anatomy: Anatomy, edits: Sequence[Edit]) -> Ite
     added: list[tuple[nn.Linear, Tensor]] = []
     try:
         for edit in edits:
-            linear = model.get_submodule(anatomy.linear_out[edit.site, edit.layer % anatomy.n_layers])
+            linear = model.get_submodule(_linear(edit, anatomy) or "")
             assert isinstance(linear, nn.Linear)
             delta = edit.delta().detach().to(linear.weight.device, torch.float32)  # type: ignore[attr-defined]
+            delta = linear.weight.detach().float() @ delta.flatten() if edit.site in BEFORE else delta
             state = _BIASED.setdefault(linear, _Biased(linear._parameters["bias"]))  # type: ignore[arg-type]
             state.deltas.append(delta)
             added.append((linear, delta))

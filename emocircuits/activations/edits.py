@@ -167,6 +167,25 @@ class Ablate(Edit):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Blend(Edit):
+    """keep * x + (1 - keep) * value: units with keep 0 are replaced, so each row can lose its own set of units.
+
+    keep and value: [width] or per row [B, width] (heads: [units, head_dim or 1]).
+    """
+
+    keep: Tensor
+    value: Tensor
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return ("keep", "value")
+
+    def transform(self, x: Tensor) -> Tensor:
+        keep = _rowwise(self.keep, x, x.dim() - 1)
+        return keep * x + (1 - keep) * _rowwise(self.value, x, x.dim() - 1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Patch(Edit):
     """Put in activations from elsewhere: value broadcastable to [B, T, width], such as another run's capture."""
 

@@ -17,7 +17,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emocircuits.errors import HookError, InputError
+from ..errors import HookError, InputError
+from ..reading import has_cache, pad, prefix_cache
 
 _CHUNK_LOGITS = 2**25  # fp32 logits held at once, whatever the vocabulary and the batch
 
@@ -43,16 +44,45 @@ def perplexity(
     rows = [i for i, (ids, start) in enumerate(pairs) if len(ids) > start]
     _check_positions(model, [pairs[i][0] for i in rows])
     mean_nll = np.full(len(texts), np.nan)
-    for batch in _batches(rows, [len(ids) for ids, _ in pairs], batch_size, "perplexity"):
+    for batch, first, states in _scored_states(model, head, pairs, rows, batch_size):
         sequences, starts = zip(*(pairs[i] for i in batch))
-        states = _states(model, head, sequences)
         # the state at t - 1 predicts token t
-        before = [states[r, start - 1 : len(ids) - 1] for r, (ids, start) in enumerate(zip(sequences, starts))]
+        before = [
+            states[r, s - 1 - f : len(ids) - 1 - f] for r, (ids, s, f) in enumerate(zip(sequences, starts, first))
+        ]
         targets = [ids[start:] for ids, start in zip(sequences, starts)]
         nll = _nll(model, head, torch.cat(before), torch.tensor(sum(targets, []), device=states.device))
         for i, part in zip(batch, nll.split([len(target) for target in targets])):
             mean_nll[i] = float(part.mean())
     return np.exp(mean_nll)
+
+
+def _scored_states(
+    model: PreTrainedModel, head: nn.Module, pairs: list[tuple[list[int], int]], rows: list[int], batch_size: int
+) -> Iterator[tuple[list[int], list[int], Tensor]]:
+    """(rows, token where each row's states begin, states) of every batch; prompts that rows share run once."""
+    prefixes = {i: tuple(pairs[i][0][: pairs[i][1] - 1]) for i in rows}
+    shared = len(set(prefixes.values())) <= len(rows) // 2 and has_cache(model) and all(prefixes.values())
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i in rows:
+        groups.setdefault(prefixes[i] if shared else (i,), []).append(i)
+    members = list(groups.values())
+    longest = [max(len(pairs[i][0]) for i in group) for group in members]
+    size = max(1, 4 * batch_size * len(members) // max(1, len(rows))) if shared else batch_size
+    for chosen in _batches(list(range(len(members))), longest, size, "perplexity"):
+        batch = [i for g in chosen for i in members[g]]
+        if not shared:
+            yield batch, [0] * len(batch), _states(model, head, [pairs[i][0] for i in batch])
+            continue
+        own = [prefixes[members[g][0]] for g in chosen]
+        owner = torch.tensor([slot for slot, g in enumerate(chosen) for _ in members[g]])
+        ids, mask = pad(own, "left", 0)
+        cache = prefix_cache(model, ids.to(model.device), mask.to(model.device))
+        cache.batch_select_indices(owner.to(model.device))
+        first = [len(prefixes[i]) for i in batch]
+        tails, tail_mask = pad([pairs[i][0][f:] for i, f in zip(batch, first)], "right", 0)
+        inputs = {"input_ids": tails, "attention_mask": torch.cat([mask[owner], tail_mask], dim=1)}
+        yield batch, first, _head_states(model, head, inputs, past_key_values=cache, use_cache=True)
 
 
 def kl_on_neutral(
@@ -108,13 +138,14 @@ def _kl_sum(model: PreTrainedModel, head: nn.Module, clean: Tensor, moved: Tenso
 @torch.no_grad()
 def _states(model: PreTrainedModel, head: nn.Module, sequences: Sequence[list[int]]) -> Tensor:
     """What enters the LM head [batch, longest, d] for right-padded sequences, without their logits."""
-    ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
+    ids, mask = pad(sequences, "right", 0)
+    return _head_states(model, head, {"input_ids": ids, "attention_mask": mask}, use_cache=False)
+
+
+@torch.no_grad()
+def _head_states(model: PreTrainedModel, head: nn.Module, inputs: dict[str, Tensor], **keywords: Any) -> Tensor:
     with _head_input(head) as caught:
-        output = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+        output = model(**{k: v.to(model.device) for k, v in inputs.items()}, **keywords)
     if len(caught) != 1:
         raise HookError(f"the LM head ran {len(caught)} times in one forward pass, so its input is ambiguous")
     ours = _finish(model, head(caught[0][:, :1]))

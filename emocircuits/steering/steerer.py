@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import artefact
 from ..activations.edit import Installed, edit
-from ..activations.edits import POSITIONS, Add, Edit
+from ..activations.edits import HEAD_SITES, POSITIONS, Add, Edit
 from ..activations.sites import check_site, expand_layers
 from ..errors import ArtefactError, HookError, InputError, unknown
 from ..models.anatomy import resolve, unwrap
@@ -35,9 +35,13 @@ class Term:
     vectors: Tensor
     strength: float = 1.0
     positions: str = "all"
+    heads: int | None = None
+    """At q, k, v and z: into how many heads the width is cut."""
 
     def __post_init__(self) -> None:
         check_site(self.site)
+        if (self.site in HEAD_SITES) != (self.heads is not None):
+            raise InputError(f"a steering term at {self.site!r} {'needs' if self.heads is None else 'has no'} heads")
         if self.positions not in POSITIONS:
             raise unknown("positions", self.positions, POSITIONS)
         if self.vectors.dim() not in (2, 3) or self.vectors.shape[-2] != len(self.layers):
@@ -51,9 +55,13 @@ class Term:
         if self.strength == 0:
             return []
         return [
-            Add(site=self.site, layer=layer, vector=self.vectors[..., i, :] * self.strength, positions=self.positions)
+            Add(site=self.site, layer=layer, vector=self._vector(i) * self.strength, positions=self.positions)
             for i, layer in enumerate(self.layers)
         ]
+
+    def _vector(self, i: int) -> Tensor:
+        flat = self.vectors[..., i, :]
+        return flat if self.heads is None else flat.unflatten(-1, (self.heads, -1))
 
 
 @dataclass
@@ -112,16 +120,16 @@ class Steerer:
         given = [s for s in steerers if s is not None]
         if not given:
             raise InputError("Steerer.rows needs at least one steerer that is not None")
-        merged: dict[tuple[str, int, str], Tensor] = {}
+        merged: dict[tuple[str, int, str, int | None], Tensor] = {}
         for row, steerer in enumerate(steerers):
             for term in steerer.terms if steerer else ():
                 if term.vectors.dim() == 3:
                     raise InputError(f"{steerer.name!r} is already per row and cannot be a row of another")  # type: ignore[union-attr]
                 for i, layer in enumerate(term.layers):
-                    key = (term.site, layer, term.positions)
+                    key = (term.site, layer, term.positions, term.heads)
                     stacked = merged.setdefault(key, torch.zeros(len(steerers), term.vectors.shape[-1]))
                     stacked[row] += term.vectors[i].float().cpu() * term.strength
-        terms = tuple(Term(site, (layer,), v[:, None], 1.0, pos) for (site, layer, pos), v in merged.items())
+        terms = tuple(Term(site, (layer,), v[:, None], 1.0, pos, n) for (site, layer, pos, n), v in merged.items())
         names = ",".join(s.name if s else "off" for s in steerers)
         return Steerer(terms, f"rows({names})", given[0].fingerprint)
 
@@ -168,7 +176,7 @@ class Steerer:
         anatomy = resolve(model)
         for term in self.terms:
             expand_layers(term.layers, anatomy.n_layers)
-            width = anatomy.n_units(term.site)
+            width = anatomy.n_units(term.site) * (anatomy.head_dim if term.heads else 1)
             if term.vectors.shape[-1] != width:
                 raise ArtefactError(
                     f"steerer {self.name!r} has width {term.vectors.shape[-1]}, but this {anatomy.family} model has"
@@ -182,7 +190,7 @@ class Steerer:
         header = {
             "name": self.name,
             "terms": [
-                {"site": t.site, "layers": list(t.layers), "strength": t.strength, "positions": t.positions}
+                {k: getattr(t, k) for k in ("site", "strength", "positions", "heads")} | {"layers": list(t.layers)}
                 for t in self.terms
             ],
             "fingerprint": dict(self.fingerprint) if self.fingerprint else None,
@@ -196,7 +204,14 @@ class Steerer:
         """Read a saved steerer; raises ArtefactError for a damaged file or another kind of artefact."""
         tensors, header = artefact.load(path, KIND)
         terms = tuple(
-            Term(t["site"], tuple(t["layers"]), tensors[f"term{i}.vectors"], t["strength"], t["positions"])
+            Term(
+                t["site"],
+                tuple(t["layers"]),
+                tensors[f"term{i}.vectors"],
+                t["strength"],
+                t["positions"],
+                t.get("heads"),
+            )
             for i, t in enumerate(header["terms"])
         )
         return cls(terms, header["name"], header["fingerprint"], header["cost"], header["provenance"])

@@ -1,0 +1,211 @@
+"""Start a forward pass in its middle: from the residual entering a layer, with the attention there already decided.
+
+A sweep over the heads of a layer changes one attention output many times. Everything before it is the same in every
+pass, so it is computed once: earlier blocks hand on a stored residual, and the layer's attention hands on the output
+it is given. The model's own code runs everything after, so masks, positions and norms are the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import HookError
+from ..models.anatomy import child_named, resolve, unwrap
+from . import forward as fw
+from .capture import adapt_inputs, as_inputs, capture
+
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+
+
+class Checkpoint:
+    """One clean forward pass of a batch, from which `resume` starts anywhere.
+
+    resid_pre [L][B, T, d] and attention [L][B, T, d] (each attention module's own output) are kept on the model's
+    device. With `cached`, only the last column is kept and the earlier ones live in a KV cache: then an intervention
+    can touch the last position only, and a pass costs one token per row. Rows must end at the same column (pad left).
+    Raises HookError for a model without softmax attention modules in every layer.
+    """
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any] | Tensor, *, cached: bool = False) -> None:
+        self.module = unwrap(model)
+        self.anatomy = resolve(self.module)
+        if not all(self.anatomy.attention):
+            layer = self.anatomy.attention.index("")
+            raise HookError(f"layer {layer} of this {self.anatomy.family} model has no attention module to restart at")
+        self.inputs = adapt_inputs(self.module, as_inputs(inputs))
+        self.cached = cached
+        self.resid_pre: list[Tensor] = []
+        self.attention: list[Tensor] = []
+        self.z: list[Tensor] = []
+        self._attention_form: list[int | None] = []
+        self._block_form: list[int | None] = []
+        self._prefix: Any = None
+        with torch.no_grad():
+            if cached:
+                self._fill_prefix()
+            self._record()
+
+    @property
+    def batch(self) -> int:
+        return self.resid_pre[0].shape[0]
+
+    def _fill_prefix(self) -> None:
+        from transformers import DynamicCache
+
+        ids, mask = self.inputs["input_ids"], self.inputs.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise HookError("restarting at the last position needs rows that end in the same column; pad left")
+        mask = torch.ones_like(ids) if mask is None else mask
+        cache = DynamicCache()
+        before = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "past_key_values": cache, "use_cache": True}
+        capture(self.module, before, "resid_post", -1, positions="last")
+        self._prefix = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
+        self.inputs = {"input_ids": ids[:, -1:], "attention_mask": mask}
+
+    def _record(self) -> None:
+        with ExitStack() as stack:
+            for path, forms, values in (
+                *((p, self._attention_form, self.attention) for p in self.anatomy.attention),
+                *((p, self._block_form, None) for p in self.anatomy.blocks),
+            ):
+                hook = self.module.get_submodule(path).register_forward_hook(_keep(forms, values))
+                stack.callback(hook.remove)
+            wanted = {"resid_pre": "all", "z": "all", "resid_post": -1}  # the last: let every attention return
+            found = capture(self.module, self.rows(None), wanted, positions="all")
+        layers = range(self.anatomy.n_layers)
+        self.resid_pre = [found["resid_pre", layer] for layer in layers]
+        self.z = [found["z", layer] for layer in layers]
+
+    def rows(self, source: Tensor | None) -> dict[str, Any]:
+        """Inputs of rows `source` [R] (None: all rows). Make them once for a sweep: copying the prefix costs most."""
+        kept = {k: v if source is None or not isinstance(v, Tensor) else v[source] for k, v in self.inputs.items()}
+        if self._prefix is not None:
+            kept |= {"past_key_values": _shared(self._prefix, source), "use_cache": True}
+        return kept
+
+    def read(self, site: str, layer: int) -> Tensor:
+        """`site` at the last position of the clean rows [B, width]."""
+        return next(iter(capture(self.module, self.rows(None), site, layer).values()))
+
+    def resume(
+        self, layer: int, attention: Tensor, source: Tensor, site: str, at: int, inputs: dict[str, Any] | None = None
+    ) -> Tensor:
+        """`site` at layer `at`, last position [R, width], when layer `layer`'s attention module returns `attention`.
+
+        attention: [R, T, d] for rows that continue the clean rows `source` [R]. Work that cannot reach the last
+        position is left out: the MLP of the last block runs at that position only.
+        """
+        given = self.rows(source) if inputs is None else inputs
+        with ExitStack() as stack:
+            for i, path in enumerate(self.anatomy.blocks[:layer]):
+                stack.enter_context(_handing_on(self.module.get_submodule(path), self._block_form[i]))
+            block = self.module.get_submodule(self.anatomy.blocks[layer])
+            resid = self.resid_pre[layer][source]
+            stack.callback(fw.hook_point(block, "input", lambda _: resid).remove)
+            module = self.module.get_submodule(self.anatomy.attention[layer])
+            stack.enter_context(_returning(module, self._attention_form[layer], attention))
+            last = self.anatomy.n_layers - 1 if site == "final_norm" else at
+            if not self.cached:
+                stack.enter_context(self._last_only(last, given))
+            return next(iter(capture(self.module, given, site, at).values()))
+
+    @contextmanager
+    def _last_only(self, layer: int, inputs: dict[str, Any]) -> Iterator[None]:
+        """The MLP of `layer` computes the last real position of each row; the others are read by nobody."""
+        path = self.anatomy.blocks[layer]
+        block = self.module.get_submodule(path)
+        name = child_named(block, MLP_NAMES)
+        if name is None:
+            yield
+            return
+        mask = inputs.get("attention_mask")
+        mlp = block.get_submodule(name)
+        real = type(mlp).forward
+
+        def trimmed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if x.dim() != 3 or not isinstance(mask, Tensor) or mask.dim() != 2:
+                return real(mlp, x, *args, **kwargs)
+            columns = torch.arange(x.shape[1], device=x.device)
+            last = torch.where(mask.bool(), columns, -1).max(-1).values
+            index = last[:, None, None].expand(-1, 1, x.shape[-1])
+            out = real(mlp, x.gather(1, index), *args, **kwargs)
+            if not isinstance(out, Tensor):
+                return real(mlp, x, *args, **kwargs)
+            return torch.zeros_like(x).scatter_(1, index, out)
+
+        with _forward_replaced(mlp, trimmed):
+            yield
+
+
+def _keep(forms: list[int | None], values: list[Tensor] | None) -> Any:
+    def hook(_: nn.Module, __: tuple, output: Any) -> None:
+        forms.append(len(output) if isinstance(output, tuple) else None)
+        if values is not None:
+            values.append(fw.hidden_of(output).detach())
+
+    return hook
+
+
+def _shaped(form: int | None, hidden: Tensor) -> Any:
+    """`hidden` as the module returned it: alone, or first of a tuple whose other members nobody needs here."""
+    return hidden if form is None else (hidden, *(None,) * (form - 1))
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+    before = vars(module).get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before  # type: ignore[method-assign]
+
+
+def _handing_on(block: nn.Module, form: int | None) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _shaped(form, args[0] if args else kwargs["hidden_states"])
+
+    return _forward_replaced(block, forward)
+
+
+def _returning(module: nn.Module, form: int | None, hidden: Tensor) -> Any:
+    return _forward_replaced(module, lambda *_, **__: _shaped(form, hidden))
+
+
+def _shared(prefix: list[tuple[Tensor, Tensor]], source: Tensor | None) -> Any:
+    """A KV cache holding the prefix of each row, with one free slot that every pass writes again."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    cache.layers = [_slot(k if source is None else k[source], v if source is None else v[source]) for k, v in prefix]
+    return cache
+
+
+def _slot(keys: Tensor, values: Tensor) -> Any:
+    from transformers.cache_utils import DynamicLayer
+
+    class Slot(DynamicLayer):
+        """Keys and values of a prefix and of one more token; nothing is copied when that token changes."""
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            self.keys[:, :, -1:], self.values[:, :, -1:] = key_states, value_states  # type: ignore[index]
+            return self.keys, self.values  # type: ignore[return-value]
+
+        def get_seq_length(self, *_: Any) -> int:
+            return self.keys.shape[-2] - 1  # type: ignore[union-attr]
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
+            return self.keys.shape[-2], 0  # type: ignore[union-attr]
+
+    slot = Slot()
+    slot.keys, slot.values = (nn.functional.pad(x, (0, 0, 0, 1)) for x in (keys, values))
+    slot.is_initialized, slot.dtype, slot.device = True, keys.dtype, keys.device
+    return slot

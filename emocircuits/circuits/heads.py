@@ -1,0 +1,111 @@
+"""Total effects of heads: take a head out, run the rest of the model, see what changes at the end.
+
+Direct effects come from `units.collect` without extra passes; these include everything downstream. Published code runs
+one whole forward pass per head and prompt; here a sweep restarts at the ablated layer (`activations.restart`), many
+heads per pass, and gradients screen all heads at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from ..activations.restart import Checkpoint
+from ..errors import InputError, unknown
+from ..models.anatomy import resolve
+from .gradients import gradients
+from .readout import Readout
+from .sublayers import attention_side
+
+
+@torch.no_grad()
+def total_effects(
+    model: Any,
+    inputs: Mapping[str, Any],
+    readout: Readout,
+    *,
+    layers: Sequence[int] | None = None,
+    mode: str = "zero",
+    baseline: Tensor | None = None,
+    positions: str = "all",
+    rows: int = 64,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """[B, L, heads, E] readout of the clean pass less the readout without each head, for one batch of texts.
+
+    mode: "zero", "mean" (baseline [L, heads, head_dim], see `Units.baseline`), or "resample" (z of another row of the
+    batch). positions: "all", or "last": only the last position loses the head, over the clean KV cache, which costs
+    one token per row; rows must then end in the same column. `rows` bounds the rows of one pass. NaN in layers left
+    out, or above the readout. Raises InputError for a bad request.
+    """
+    if mode not in ("zero", "mean", "resample"):
+        raise unknown("ablation mode", mode, ("zero", "mean", "resample"))
+    if positions not in ("all", "last"):
+        raise unknown("positions", positions, ("all", "last"))
+    if mode == "mean" and baseline is None:
+        raise InputError("ablation by mean needs `baseline`, for example units.baseline('z')")
+    anatomy = resolve(model)
+    start = Checkpoint(model, inputs, cached=positions == "last")
+    clean = readout(start.read(readout.site, readout.layer))
+    wanted = list(range(anatomy.n_layers)) if layers is None else list(layers)
+    out = torch.full((start.batch, anatomy.n_layers, anatomy.n_heads, len(readout.emotions)), torch.nan)
+    order = _other_rows(start.batch, seed)
+    groups = _row_groups(start, anatomy.n_heads, rows)
+    task = progress.add_task("ablating heads", total=len(wanted)) if progress else None
+    for layer in wanted:
+        if readout.site != "final_norm" and layer > readout.layer:
+            continue
+        side = attention_side(model, layer)
+        for source, heads, given in groups:
+            z, rest = start.z[layer], None
+            if mode == "mean":
+                assert baseline is not None
+                rest = baseline[layer].to(z)
+            elif mode == "resample":
+                rest = z[order]
+            change = _removed(side, z, rest, source, heads)
+            found = start.resume(layer, change(start.attention[layer]), source, readout.site, readout.layer, given)
+            out[source.cpu(), layer, heads.cpu()] = (clean[source] - readout(found)).cpu()
+        if progress is not None and task is not None:
+            progress.advance(task)
+    return out
+
+
+def _removed(side: Any, z: Tensor, rest: Tensor | None, source: Tensor, heads: Tensor) -> Any:
+    """A function that takes attention outputs [B, T, d] to those of rows `source` without `heads`."""
+    lost = z if rest is None else z - rest
+    lost = lost[source, :, heads]  # [R, T, head_dim]
+    weight = side.weight.unflatten(1, (z.shape[2], z.shape[3]))[:, heads].permute(1, 2, 0)
+    return lambda attention: attention[source] - torch.bmm(lost, weight.to(lost.dtype))
+
+
+def _other_rows(batch: int, seed: int) -> Tensor:
+    """A permutation of the rows without fixed points (for one row: itself)."""
+    order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
+    out = torch.empty_like(order)
+    out[order] = order.roll(1)
+    return out
+
+
+def _row_groups(start: Checkpoint, n_heads: int, rows: int) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+    """(source row, head) of every pass, with the inputs made once and used at every layer."""
+    device = start.resid_pre[0].device
+    pairs = torch.cartesian_prod(torch.arange(start.batch), torch.arange(n_heads)).to(device)
+    return [(p[:, 0], p[:, 1], start.rows(p[:, 0])) for p in pairs.split(max(1, rows))]
+
+
+def attribution(model: Any, inputs: Mapping[str, Any], readout: Readout, *, baseline: Tensor | None = None) -> Tensor:
+    """[B, L, heads, E] first-order estimate of `total_effects` for all heads at once, from E backward passes.
+
+    gradient of the readout at z, times z less the baseline [L, heads, head_dim] (zero when None), all positions.
+    """
+    per_layer = []
+    for layer, (z, grad) in enumerate(gradients(model, inputs, readout, "z")):
+        lost = z if baseline is None else z - baseline[layer].to(z)
+        per_layer.append((grad * lost).sum((2, 4)).permute(1, 2, 0).cpu())
+    return torch.stack(per_layer, dim=1)

@@ -1,0 +1,265 @@
+"""One pass over the texts, and everything a circuit needs is known: unit means per emotion and exact head effects.
+
+Neuron scores are linear in the activations and head effects have a closed form, so running sums suffice (Wang et al.,
+arXiv 2510.11328, sections 4 and 5 of their method, which costs one forward pass per head and prompt as published).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from .. import artefact
+from ..activations import capture
+from ..directions import DirectionSet
+from ..errors import InputError
+from ..models.anatomy import resolve, unwrap
+from ..models.fingerprint import fingerprint
+from ..reading import Example, reading_batches
+from .sublayers import Sublayer, attention_side, head_writes, mlp_side
+
+KIND = "units"
+TENSORS = ("count", "z", "mlp_post", "resid_mid", "head_effects", "neuron_sums", "neuron_size", "beta")
+TENSORS += ("attn_scale", "mlp_scale")
+
+
+@dataclass(frozen=True)
+class Units:
+    """Means over texts of each emotion and fold (a fold is a theme), for E emotions, F folds, L layers.
+
+    count [E, F]; z [E, F, L, heads, head_dim]; mlp_post [E, F, L, d_mlp]; resid_mid [E, F, L, d_model] (zeros where
+    attention and MLP are parallel); head_effects [E, F, L, heads, E]: what each
+    head adds along each emotion's direction; neuron_sums [E, F, L, d_mlp]: activation times the norm's scale, so that
+    `neuron_sums * beta` is what a neuron adds; neuron_size [L, d_mlp]: mean |activation|. NaN in folds never seen.
+    """
+
+    emotions: tuple[str, ...]
+    folds: tuple[str, ...]
+    count: Tensor
+    z: Tensor
+    mlp_post: Tensor
+    resid_mid: Tensor
+    head_effects: Tensor
+    neuron_sums: Tensor
+    neuron_size: Tensor
+    beta: Tensor
+    """[E, L, d_mlp]: along emotion e's unit direction, what each neuron writes per unit of activation."""
+    attn_scale: Tensor
+    mlp_scale: Tensor
+    """[L, d_model] mean factor of the norm behind each sublayer (ones without one): what a push there is worth."""
+    position: str = "last_prompt"
+    norm: str = "pre"
+    fingerprint: Mapping[str, Any] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def mean(self, name: str, folds: Sequence[str] | None = None) -> Tensor:
+        """A tensor of `TENSORS` averaged over folds (all of them, or those named), every text with the same weight."""
+        keep = [i for i, f in enumerate(self.folds) if folds is None or f in folds]
+        value, weight = getattr(self, name)[:, keep], self.count[:, keep]
+        weight = weight / weight.sum(1, keepdim=True)
+        return (value.nan_to_num() * weight.reshape(*weight.shape, *(1,) * (value.dim() - 2))).sum(1)
+
+    def heads(self, contrast: bool = True, folds: Sequence[str] | None = None) -> Tensor:
+        """[E, L, heads] what each head adds along its emotion's direction, in direction units.
+
+        contrast: less its mean over texts of all emotions, so that always-on heads do not rank.
+        """
+        return _own(self.mean("head_effects", folds).movedim(-1, 1), contrast)
+
+    def neurons(self, contrast: bool = True, folds: Sequence[str] | None = None) -> Tensor:
+        """[E, L, d_mlp] beta * mean activation: what each neuron adds along its emotion's direction; see `heads`."""
+        means = self.mean("neuron_sums", folds)
+        means = means - means.mean(0, keepdim=True) if contrast else means
+        return means * self.beta
+
+    def deltas(self, site: str, folds: Sequence[str] | None = None) -> Tensor:
+        """Emotion minus the mean of all emotions at "z" [E, L, heads, head_dim] or "mlp_post" [E, L, d_mlp]."""
+        means = self.mean(site, folds)
+        return means - means.mean(0, keepdim=True)
+
+    def attention_directions(self, like: DirectionSet) -> DirectionSet:
+        """Difference-of-means directions of the residual after attention, from the same pass as everything here."""
+        means = self.deltas("resid_mid")
+        return replace(
+            like, site="resid_mid", vectors=means, center=self.mean("resid_mid").mean(0), method="diff_means"
+        )
+
+    def baseline(self, site: str) -> Tensor:
+        """[L, ...] mean over all emotions: what ablation by mean puts in."""
+        return self.mean(site).mean(0)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with a JSON header; atomic."""
+        header = {k: getattr(self, k) for k in ("position", "norm")} | {
+            "emotions": list(self.emotions),
+            "folds": list(self.folds),
+            "fingerprint": dict(self.fingerprint) if self.fingerprint else None,
+            "provenance": dict(self.provenance),
+        }
+        return artefact.save(path, KIND, {n: getattr(self, n).contiguous() for n in TENSORS}, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Units:
+        """Read saved units; raises ArtefactError for a damaged file or another kind of artefact."""
+        tensors, h = artefact.load(path, KIND)
+        names: dict[str, Any] = {"emotions": tuple(h["emotions"]), "folds": tuple(h["folds"])}
+        return cls(**names, **{n: tensors[n] for n in TENSORS}, position=h["position"], norm=h["norm"],
+                   fingerprint=h["fingerprint"], provenance=h["provenance"])  # fmt: skip
+
+
+def _own(effects: Tensor, contrast: bool) -> Tensor:
+    """effects [E texts, E directions, ...] -> each emotion's texts along its own direction, less the other texts."""
+    index = torch.arange(len(effects))
+    own = effects[index, index]
+    return own - effects.mean(0) if contrast else own
+
+
+@torch.no_grad()
+def collect(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    directions: DirectionSet,
+    *,
+    position: str = "last_prompt",
+    norm: str = "pre",
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> Units:
+    """Read z and mlp_post of all layers once; sums are kept on the model's device, so memory does not grow with texts.
+
+    Only complete groups count (every emotion present), as for directions. norm: "pre" scores heads by what they add to
+    the residual stream; "post" behind the MLP's input norm, as published. Raises InputError for incomplete data and
+    HookError for a model without per-head z or without down_proj modules.
+    """
+    kept = _complete(examples, directions.emotions)
+    tally = _Tally(model, directions, sorted({e.theme for e in kept}), norm)
+    sites = ["z", "mlp_post"] + ([] if "resid_mid" in tally.anatomy.missing else ["resid_mid"])
+    for batch in reading_batches(
+        model, tokenizer, kept, position=position, batch_size=batch_size, progress=progress, title="reading units"
+    ):
+        rows = [kept[i] for i in batch.index]
+        tally.begin([e.label for e in rows], [e.theme for e in rows], batch.weights())
+        capture(model, batch.inputs, sites, positions="all", into=tally)
+    made = {"n_texts": len(kept), "directions": directions.method, "read_at": directions.position}
+    return tally.result(position, fingerprint(model), made)
+
+
+def _complete(examples: Sequence[Example], emotions: Sequence[str]) -> list[Example]:
+    if len(set(emotions)) < 2:
+        raise InputError("circuits contrast emotions, so at least two are needed")
+    have: dict[str, set[str]] = {}
+    for e in examples:
+        have.setdefault(e.group, set()).add(e.label)
+    kept = [e for e in examples if set(emotions) <= have[e.group] and e.label in emotions]
+    if not kept:
+        raise InputError(f"no group of texts holds all of {', '.join(emotions)}; circuits need complete groups")
+    return kept
+
+
+class _Tally:
+    """Running sums by (emotion, fold); called by `capture` with one site of one layer at a time."""
+
+    def __init__(self, model: Any, directions: DirectionSet, folds: list[str], norm: str) -> None:
+        self.model, self.anatomy, self.norm = unwrap(model), resolve(model), norm
+        if directions.layers != tuple(range(self.anatomy.n_layers)) or norm not in ("pre", "post"):
+            raise InputError("circuits need directions at every layer, and norm 'pre' or 'post'")
+        self.directions, self.folds = directions, folds
+        device = next(self.model.parameters()).device
+        self.units = directions.units.to(device)
+        layers = range(self.anatomy.n_layers)
+        self.attention = [attention_side(self.model, layer) for layer in layers]
+        self.mlps = [mlp_side(self.model, layer) for layer in layers]
+        n_groups, width = len(directions.emotions) * len(folds), self.mlps[0].weight.shape[1]
+        heads, head_dim = self.anatomy.n_heads, self.anatomy.head_dim
+        shape = (n_groups, self.anatomy.n_layers)
+        make = lambda *more: torch.zeros(*shape, *more, device=device)  # noqa: E731
+        self.count = torch.zeros(n_groups, device=device)
+        self.sums = {"z": make(heads, head_dim), "mlp_post": make(width), "neuron_sums": make(width)}
+        self.sums["resid_mid"] = make(self.anatomy.d_model)
+        self.sums["head_effects"] = make(heads, len(directions.emotions))
+        self.size = torch.zeros(self.anatomy.n_layers, width, device=device)
+        self.scale = {k: torch.zeros(self.anatomy.n_layers, device=device) for k in ("z", "mlp_post")}
+
+    def begin(self, labels: list[str], themes: list[str], weights: Tensor) -> None:
+        """The texts of the next batch and the averaging weights [B, T] of their tokens."""
+        n, device = len(self.folds), self.count.device
+        rows = [self.directions.index(e) * n + self.folds.index(t) for e, t in zip(labels, themes)]
+        self.group = torch.tensor(rows, device=device)
+        self.count += torch.bincount(self.group, minlength=len(self.count))
+        self.at = weights.nonzero(as_tuple=True)
+        self.weight = weights[self.at].to(device)
+        self.at = tuple(i.to(device) for i in self.at)
+        self.token_group = self.group[self.at[0]]
+
+    def __call__(self, key: tuple[str, int], value: Tensor) -> None:
+        site, layer = key
+        x = value[self.at].float()  # [M, ...] the tokens that are read
+        if site == "z":
+            self._add("z", layer, x)
+            self._z = x
+            side = self.attention[layer]
+            self.scale["z"][layer] += (side.scale(side.written(x.flatten(1))) * self.weight).sum()
+            if self.norm == "pre":
+                self._add("head_effects", layer, head_effects(self.attention[layer], x, self.units[:, layer]))
+        elif site == "resid_mid":
+            self._add("resid_mid", layer, x)
+            if self.norm == "pre":
+                return
+            # This layer's z came just before.
+            reader = self.model.get_submodule(self.anatomy.point("resid_mid", layer).module)
+            effects = head_effects(self.attention[layer], self._z, self.units[:, layer], x, reader)
+            self._add("head_effects", layer, effects)
+        else:
+            side = self.mlps[layer]
+            self._add("mlp_post", layer, x)
+            scale = side.scale(side.written(x))
+            self._add("neuron_sums", layer, x * scale[:, None])
+            self.scale["mlp_post"][layer] += (scale * self.weight).sum()
+            self.size[layer] += (x.abs() * self.weight[:, None]).sum(0)
+
+    def _add(self, name: str, layer: int, x: Tensor) -> None:
+        weight = self.weight.reshape(-1, *(1,) * (x.dim() - 1))
+        self.sums[name][:, layer].index_add_(0, self.token_group, x * weight)
+
+    def result(self, position: str, who: Mapping[str, Any], made: Mapping[str, Any]) -> Units:
+        e, f = len(self.directions.emotions), len(self.folds)
+        weight = self.count.reshape(e * f)
+        means = {
+            k: (v / weight.reshape(-1, *(1,) * (v.dim() - 1))).unflatten(0, (e, f)).cpu() for k, v in self.sums.items()
+        }
+        beta = torch.stack(
+            [(self.units[:, i] * s.gain()) @ s.weight.float() for i, s in enumerate(self.mlps)], dim=1
+        )  # fmt: skip
+        total = self.count.sum()
+        factors = {
+            name: torch.stack([s.gain().float() * (self.scale[site][i] / total) for i, s in enumerate(sides)]).cpu()
+            for name, site, sides in (("attn_scale", "z", self.attention), ("mlp_scale", "mlp_post", self.mlps))
+        }
+        return Units(
+            emotions=self.directions.emotions, folds=tuple(self.folds), count=self.count.reshape(e, f).cpu(),
+            **means, **factors, neuron_size=(self.size / total).cpu(), beta=beta.cpu(),
+            position=position, norm=self.norm, fingerprint=who, provenance=made,
+        )  # fmt: skip
+
+
+def head_effects(
+    side: Sublayer, z: Tensor, directions: Tensor, resid: Tensor | None = None, reader: nn.Module | None = None
+) -> Tensor:
+    """[M, heads, E] exact change of the projection on `directions` [E, d_model] when one head's z is set to zero.
+
+    z [M, heads, head_dim]. Without `reader` the change of what attention adds to the residual stream; with it (a norm)
+    the change of reader(resid), where resid [M, d_model] is the stream after attention.
+    """
+    writes = head_writes(side, z)
+    y = side.written(z.flatten(1))
+    lost = side.added(y)[:, None] - side.added(y[:, None] - writes) if side.norm is not None else writes
+    if reader is not None and resid is not None:
+        lost = reader.forward(resid)[:, None] - reader.forward(resid[:, None] - lost)
+    return lost @ directions.to(lost.dtype).T
