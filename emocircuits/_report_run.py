@@ -29,6 +29,8 @@ class RunData:
     evaluation: Data | None
     dose: Data | None
     texts: list[dict[str, Any]] | None
+    circuits: Data | None = None
+    """What the `circuits/` folder holds, by stage; None when it is not there."""
 
     @property
     def model(self) -> str:
@@ -62,7 +64,9 @@ def read_run(run_path: str | Path) -> RunData:
         raise InputError(f"{path} is not a run folder (no manifest.json); check the path")
     stages = {name: _read_json(path / f"{name}.json") for name in _STAGES}
     texts = path / "texts.jsonl"
-    return RunData(path, manifest, **stages, texts=read_jsonl(texts) if texts.is_file() else None)
+    inside = {name: _read_json(path / "circuits" / f"{name}.json") for name in ("circuits", "curves", "evaluation")}
+    circuits = inside if any(inside.values()) else None
+    return RunData(path, manifest, **stages, texts=read_jsonl(texts) if texts.is_file() else None, circuits=circuits)
 
 
 def _read_json(path: Path) -> Data | None:

@@ -50,6 +50,8 @@ class Plan:
     n_train: int | None = None
     n_validation: int = 12
     n_heldout: int | None = None
+    n_baseline: int | None = 20
+    """Held-out scenarios on which prompting and the random direction are run; paired with the same steered ones."""
     max_new_tokens: int = 26
     batch_size: int = 60
     seed: int = 0
@@ -170,8 +172,9 @@ class Demo:
         return list(range(round(band[0] * n), max(round(band[1] * n), round(band[0] * n) + 1)))
 
     def prompts_of(self, scenarios: ScenarioSet, n: int | None = None) -> list[dict[str, Any]]:
-        """Prompt rows, one per scenario, valences taking turns."""
-        groups = one_valence(_spread(scenarios, n))
+        """Prompt rows, one per scenario, valences taking turns; n of them are the same rows as among all of them."""
+        groups = one_valence(scenarios)
+        groups = groups if n is None or n >= len(groups) else [groups[i] for i in _evenly(len(groups), n)]
         keep = ("skeleton_id", "theme", "valence")
         return [{**{k: getattr(g, k) for k in keep}, "prompt": completion_prompt(g), "group": g} for g in groups]
 
@@ -247,7 +250,8 @@ class Demo:
 
     def _method_rows(self, method: str) -> tuple[list[dict[str, Any]], list[Steerer | None]]:
         """Prompt rows of one method with the steerer of each."""
-        base = [{**r, "method": method} for r in self.prompts_of(self.heldout)]
+        n = self.plan.n_baseline if method in ("random", "prompted") else None
+        base = [{**r, "method": method} for r in self.prompts_of(self.heldout, n)]
         if method == "unsteered":
             return [{**r, "emotion": None} for r in base], [None] * len(base)
         rows = [{**r, "emotion": e} for e in self.plan.emotions for r in base]
@@ -301,7 +305,11 @@ def _spread(scenarios: ScenarioSet, n: int | None) -> ScenarioSet:
     if n is None or n >= len(scenarios):
         return scenarios
     rows = list(scenarios)
-    return ScenarioSet(tuple(rows[round(i)] for i in np.linspace(0, len(rows) - 1, n)))
+    return ScenarioSet(tuple(rows[i] for i in _evenly(len(rows), n)))
+
+
+def _evenly(total: int, n: int) -> list[int]:
+    return [round(i) for i in np.linspace(0, total - 1, n)]
 
 
 def _randomised(term: Term, generator: torch.Generator) -> Term:

@@ -31,7 +31,7 @@ def tune(demo: Demo) -> dict[str, Any]:
                 rows += [{**r, "emotion": emotion, "layers": layers, "strength": strength} for r in base]
                 steerers += [steerer] * len(base)
     scored = demo.scored(rows, steerers, "choosing strengths")
-    candidates = [summary(group) for group in _grouped(scored, ("emotion", "layers", "strength"))]
+    candidates = [summary(group) for group in grouped(scored, ("emotion", "layers", "strength"))]
     chosen = {}
     for emotion in demo.plan.emotions:
         best = choose([c for c in candidates if c["emotion"] == emotion])
@@ -78,7 +78,7 @@ def _tune_prompting(demo: Demo, base: list[Row]) -> dict[str, Any]:
         for r in base[: max(1, len(base) // 3)]
     ]
     scored = demo.scored(rows, [None] * len(rows), "choosing the prompt")
-    rates = {g[0]["wording"]: rate(g, "coherent") for g in _grouped(scored, ("wording",))}
+    rates = {g[0]["wording"]: rate(g, "coherent") for g in grouped(scored, ("wording",))}
     return {"wording": max(rates, key=lambda name: rates[name] or 0.0), "coherent": rates}
 
 
@@ -92,7 +92,7 @@ def doses(demo: Demo, relative: Sequence[float]) -> dict[str, Any]:
             rows += [{**r, "emotion": emotion, "relative": dose, "strength": steerer.strength} for r in base]
             steerers += [steerer] * len(base)
     scored = demo.scored(rows, steerers, "dose response")
-    return {"rows": [summary(group, "relative") for group in _grouped(scored, ("emotion", "relative"))]}
+    return {"rows": [summary(group, "relative") for group in grouped(scored, ("emotion", "relative"))]}
 
 
 def summary(rows: list[Row], *extra: str) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def summary(rows: list[Row], *extra: str) -> dict[str, Any]:
             "perplexity": median(rows), "gain": gain(rows), "n": len(rows)}  # fmt: skip
 
 
-def _grouped(rows: list[Row], keys: tuple[str, ...]) -> list[list[Row]]:
+def grouped(rows: list[Row], keys: tuple[str, ...]) -> list[list[Row]]:
     cells: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         cells.setdefault(tuple(str(row[k]) for k in keys), []).append(row)

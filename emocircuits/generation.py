@@ -28,28 +28,40 @@ class Decoding:
     repetition_penalty: float = 1.1
 
     def kwargs(self) -> dict[str, Any]:
-        """Arguments of transformers' generate(); sampling itself is done by `RowSampler`."""
+        """Arguments of transformers' generate(); `RowSampler` does all the rest when it samples."""
+        if self.temperature:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False, "repetition_penalty": None}
         kept = ("max_new_tokens", "min_new_tokens", "repetition_penalty")
         return {k: v for k, v in asdict(self).items() if k in kept} | {"do_sample": False}
 
 
 class RowSampler:
-    """Top-k sampling as a logits processor with one random stream per row.
+    """Top-k sampling as one logits processor, with one random stream per row.
 
-    A row's text then depends on its own seed and not on its neighbours in the batch, and the whole vocabulary is
-    never sorted or sampled from (for 262,144 tokens that costs more than the rest of the step).
+    A row's text then depends on its own seed and not on its neighbours in the batch. The repetition penalty and the
+    minimal length are done here too, in place and on the few tokens they concern: for 262,144 tokens, copying, sorting
+    or sampling the whole vocabulary costs as much as the model.
     """
 
-    def __init__(self, seeds: Sequence[int], temperature: float, top_k: int) -> None:
-        self.temperature, self.top_k = temperature, top_k
+    def __init__(self, seeds: Sequence[int], decoding: Decoding, prompt_length: int, eos: Sequence[int]) -> None:
+        self.decoding, self.eos = decoding, list(eos)
+        self.first_end = prompt_length + decoding.min_new_tokens
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
-        values, tokens = scores.topk(min(self.top_k, scores.shape[-1]))
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.penalise(input_ids, scores)
+        values, tokens = scores.topk(min(self.decoding.top_k, scores.shape[-1]))
         noise = torch.stack([torch.rand(values.shape[-1], generator=g) for g in self.generators]).to(values)
         gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
-        chosen = tokens.gather(-1, (values / self.temperature + gumbel).argmax(-1, keepdim=True))
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
+        chosen = tokens.gather(-1, (values / self.decoding.temperature + gumbel).argmax(-1, keepdim=True))
+        return scores.fill_(-torch.inf).scatter_(-1, chosen, 0.0)
+
+    def penalise(self, input_ids: Tensor, scores: Tensor) -> None:
+        """Repetition penalty on what a row holds already, and no end before the minimal length; in place."""
+        seen, penalty = scores.gather(1, input_ids), self.decoding.repetition_penalty
+        scores.scatter_(1, input_ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+        if input_ids.shape[1] < self.first_end:
+            scores[:, self.eos] = -torch.inf
 
 
 def generate(
@@ -117,12 +129,18 @@ def _generate_batch(
     tokens = torch.tensor([[pad] * (width - len(r)) + r for r in ids], device=device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in ids], device=device)
     steerer = _one_steerer(rows)
-    sampler = [RowSampler(seeds, decoding.temperature, decoding.top_k)] if decoding.temperature else []
+    sampler = [RowSampler(seeds, decoding, width, _ends(module))] if decoding.temperature else []
     with steerer.attach(model) if steerer else nullcontext():
         out = module.generate(
             input_ids=tokens, attention_mask=mask, pad_token_id=pad, logits_processor=sampler, **decoding.kwargs()
         )
     return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+
+
+def _ends(module: Any) -> list[int]:
+    """Token ids that end a text."""
+    ends = module.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def _one_steerer(rows: list[Steerer | None]) -> Steerer | None:

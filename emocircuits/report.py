@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from emocircuits import _report_circuits, _report_texts
 from emocircuits import _report_sections as sections
-from emocircuits import _report_texts
 from emocircuits._report_findings import Target, header, headline, targets, targets_table
 from emocircuits._report_html import Page, esc, fact_list, note, num, pct, table
 from emocircuits._report_run import RunData, read_run
@@ -45,7 +45,8 @@ def render(data: RunData) -> str:
 
 def _missing(data: RunData, absent: Mapping[str, list[str]]) -> str:
     """What a partial run lacks: the file, the sections that need it, and the command that makes it."""
-    rows = [[f"{name}.{'jsonl' if name == 'texts' else 'json'}", esc("; ".join(s))] for name, s in absent.items()]
+    files = {"texts": "texts.jsonl", "circuits": "circuits/"}
+    rows = [[files.get(name, f"{name}.json"), esc("; ".join(s))] for name, s in absent.items()]
     command = f"<code>emocircuits demo --out {esc(data.path.name)}</code>"
     words = f"<p>These files are missing, and so are the sections that show them. {command} makes what is missing.</p>"
     return words + table("", ["file", "sections"], rows, wide=False)
@@ -155,6 +156,7 @@ _SECTIONS: tuple[tuple[str, str, tuple[str, ...], Callable[[Page, RunData], str]
         ("quality", "embedding"),
         lambda p, d: sections.geometry(p, d.quality, d.embedding),
     ),
+    ("circuits", "Circuits", ("circuits",), lambda p, d: _report_circuits.section(p, d.circuits or {})),
     ("texts", "Texts side by side", ("texts",), _texts),
     ("judge", "Reliability of the judge", ("evaluation",), lambda _, d: sections.judge(d.evaluation or {})),
     ("scoring", "How texts are scored", ("evaluation",), _thresholds),

@@ -12,7 +12,7 @@ from emocircuits.data.prompts import chat_messages, encode_prompt, once_bos, wor
 from emocircuits.data.scenarios import Group, heldout
 from emocircuits.errors import InputError
 from emocircuits.examples import prompt_examples, reply_examples
-from emocircuits.generation import Decoding, generate
+from emocircuits.generation import Decoding, RowSampler, generate
 from emocircuits.reading import Example, read
 from emocircuits.runs import Run
 from emocircuits.steering import Steerer, Term
@@ -156,3 +156,20 @@ def test_an_interrupted_stage_leaves_the_run_as_it_was(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run.json_stage("a", stop)
     assert not Run(tmp_path / "run", {}).done("a")
+
+
+@pytest.mark.parametrize("length", [4, 9])
+def test_penalties_of_the_sampler_equal_those_of_transformers(length: int) -> None:
+    from transformers import LogitsProcessorList, MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+    generator = torch.Generator().manual_seed(length)
+    scores = 3 * torch.randn(3, 50, generator=generator)
+    ids = torch.randint(0, 50, (3, length), generator=generator)
+    decoding = Decoding(max_new_tokens=9, min_new_tokens=4, repetition_penalty=1.3)
+    theirs = LogitsProcessorList(
+        [RepetitionPenaltyLogitsProcessor(1.3), MinNewTokensLengthLogitsProcessor(4, 4, [7, 11], device="cpu")]
+    )(ids, scores.clone())
+    ours = scores.clone()
+    RowSampler([0, 1, 2], decoding, 4, [7, 11]).penalise(ids, ours)
+    assert torch.equal(ours, theirs)
+    assert ours[:, 7].isinf().all() == (length < 8)

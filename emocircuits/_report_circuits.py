@@ -1,0 +1,157 @@
+"""The report's section on circuits, from the `circuits/` folder of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from emocircuits import circuit_plots as plots
+from emocircuits._report_html import Page, emotion_label, esc, interval, num, p_value, points, table
+
+Data = Mapping[str, Any]
+DIRECTION = "direction steering"
+
+
+def section(page: Page, found: Data) -> str:
+    """Everything the circuit part measured; stages that have not run are left out."""
+    circuits, curves, evaluation = (found.get(k) for k in ("circuits", "curves", "evaluation"))
+    parts = [
+        _verdict(curves, evaluation),
+        _comparison(evaluation) if evaluation else "",
+        _curves(page, curves) if curves else "",
+        _discovery(page, circuits) if circuits else "",
+    ]
+    return "".join(parts)
+
+
+def _verdict(curves: Data | None, evaluation: Data | None) -> str:
+    """Who wins, said plainly, whichever way it came out."""
+    said = []
+    if curves:
+        row = _at(curves["rows"], "circuit", "keep")
+        rival = _at(curves["rows"], "layer-matched random", "keep")
+        if row and rival:
+            said.append(
+                f"With only {row['n_heads']} heads and {row['n_neurons']} neurons per emotion intact, {interval(row)} "
+                "of the emotion score survives on held-out replies; with as many random units of the same layers "
+                f"{interval(rival)}."
+            )
+    if evaluation:
+        pairs = {c["b"]: c["difference"] for c in evaluation["comparisons"]}
+        said += [
+            _wins("the same units' random replacements", pairs.get("random units"), "which units are moved matters")
+        ]
+        said += [_wins("plain directions of the same norm at the same sublayers", pairs.get("norm-matched directions"),
+                       "the circuit's vectors are better than directions")]  # fmt: skip
+        said += [_wins("tuned direction steering", pairs.get(DIRECTION), "circuit modulation is the better steerer")]
+    return "".join(f"<p>{s}</p>" for s in said if s)
+
+
+def _wins(rival: str, difference: Data | None, meaning: str) -> str:
+    if not difference or difference.get("estimate") is None:
+        return ""
+    low, high = difference["low"], difference["high"]
+    verdict = (
+        f"so {meaning}"
+        if low > 0
+        else f"so it is not true that {meaning}"
+        if high < 0
+        else "so neither is clearly better"
+    )
+    gap = points(difference)
+    return f"Coherent expression by circuit modulation less that by {rival}: {gap} points, {verdict}."
+
+
+def _at(rows: list[Data], control: str, action: str) -> Data | None:
+    mine = [r for r in rows if (r["control"], r["action"]) == (control, action) and r["estimate"] is not None]
+    return max((r for r in mine), key=lambda r: r["n_neurons"] if r["n_neurons"] else 0, default=None)
+
+
+def _comparison(evaluation: Data) -> str:
+    tests = {c["b"]: c for c in evaluation["comparisons"]}
+    rows = []
+    for name, scores in evaluation["methods"].items():
+        test = tests.get(name)
+        rows.append(
+            [
+                esc(name),
+                interval(scores.get("coherent")),
+                interval(scores.get("expressed")),
+                interval(scores.get("degenerate")),
+                num((scores.get("perplexity") or {}).get("median"), ".1f"),
+                num(scores.get("similarity_to_unsteered")),
+                points(test["difference"]) if test else "",
+                p_value(test["p"]) if test else "",
+            ]
+        )
+    head = ["method", "coherent expression", "forced choice", "degenerate", "perplexity", "content kept",
+            "circuit minus this, points", "p"]  # fmt: skip
+    caption = (
+        f"Every method at its best strength, on the same {evaluation['n_scenarios']} held-out scenarios. Random units: "
+        "as many other heads and neurons in the same layers with their own differences. Norm-matched directions: plain "
+        "directions at the circuit's sublayers, pushing each as far as the circuit does."
+    )
+    return table(caption, head, rows, strong="circuit")
+
+
+def _curves(page: Page, curves: Data) -> str:
+    captions = {
+        "keep": ("Faithfulness", "All other heads and neurons hold their mean (dotted: another text's mean)."),
+        "ablate": ("Completeness", "The units hold their mean; lower means that they were needed."),
+        "enhance": ("Enhancement", "The emotion's difference is added to the units in neutral replies; 100% would be "
+                    "the score of replies in the emotion."),
+    }  # fmt: skip
+    figures = [
+        page.figure(plots.circuit_curves(curves["rows"], action), title, caption)
+        for action, (title, caption) in captions.items()
+    ]
+    rows = [[esc(name), num(value)] for name, value in curves["areas"].items()]
+    head = ["curve", "mean height"]
+    return f'<div class="grid">{"".join(figures)}</div>' + table(
+        "Area under each curve over log size.", head, rows, wide=False
+    )
+
+
+def _discovery(page: Page, found: Data) -> str:
+    emotions, heads = found["emotions"], found["heads"]
+    figures = []
+    for i, emotion in enumerate(emotions):
+        label = f"{emotion}: what taking out each head changes (mean ablation, downstream included)"
+        figures.append(page.figure(plots.head_map(heads["total"][i]), label))
+    neurons = found["neurons"]
+    figures.append(
+        page.figure(
+            plots.neuron_ranks(neurons["scores"], neurons["ranks"], emotions), "Neurons by rank",
+            "A steep line means that few neurons carry the emotion.",
+        )
+    )  # fmt: skip
+    figures.append(
+        page.figure(
+            plots.influence_by_sublayer(found["influence"], emotions), "Influence of each sublayer",
+            "Solid MLP, dashed attention. Correlation with the plain cosine to the reference: "
+            f"{num(found['influence']['correlation_with_cosine'])}; near 1 it says little more than that.",
+        )
+    )  # fmt: skip
+    rows = [
+        [emotion_label(e), esc(m["heads"]), esc(m["neurons"]), _units(m["top_heads"]), _units(m["top_neurons"])]
+        for e, m in found["members"].items()
+    ]
+    members = table(
+        "Members (layer.unit), best first.", ["emotion", "heads", "neurons", "top heads", "top neurons"], rows
+    )
+    facts = [
+        [esc(kind), num(o["jaccard"]), num(o["chance"]), num(o["excess"]), num(found["stability"].get(kind))]
+        for kind, o in found["overlap"].items()
+    ]
+    shared = table(
+        "How much the emotions' circuits share, and how far two halves of the training themes agree (both corrected "
+        "for chance: 0 is chance, 1 identity).",
+        ["units", "Jaccard between emotions", "by chance", "excess", "stability over themes"], facts, wide=False,
+    )  # fmt: skip
+    agreement = [[esc(name), num(value)] for name, value in heads["agreement"].items()]
+    scores = table("Correlation of head scores.", ["scores", "Pearson"], agreement, wide=False)
+    return f'<div class="grid">{"".join(figures)}</div>{members}{shared}{scores}'
+
+
+def _units(units: list[list[int]]) -> str:
+    return esc(", ".join(f"{layer}.{unit}" for layer, unit in units))

@@ -1,0 +1,259 @@
+"""The circuit part of the main job: discover circuits, test them against controls, steer with them, compare fairly.
+
+Lives in the `circuits/` folder of a run as a run of its own, so that it resumes and its settings are recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .circuits.assemble import Circuit, random_like, top
+from .circuits.heads import attribution, total_effects
+from .circuits.influence import reference, sublayer_influence
+from .circuits.modulation import all_units, circuit_steerer, norm_matched
+from .circuits.readout import Readout
+from .circuits.units import Units, collect
+from .demo import Demo
+from .directions import DirectionSet
+from .examples import one_valence, reply_examples
+from .reading import Example, pad
+from .runs import Run
+from .steering.steerer import Steerer
+
+METHODS = ("circuit", "random units", "all units", "norm-matched directions")
+
+
+@dataclass(frozen=True)
+class CircuitPlan:
+    """Settings of the circuit part. Sizes are shares of all heads and of all neurons."""
+
+    sizes: tuple[tuple[float, float], ...] = ((0.02, 0.001), (0.06, 0.004), (0.125, 0.016), (0.25, 0.06), (0.5, 0.25))
+    chosen: int = 3
+    """Which of the sizes steers (a quarter of the heads, as published)."""
+    n_effect_scenarios: int = 3
+    n_curve_scenarios: int = 4
+    n_influence_scenarios: int = 8
+    strengths: tuple[float, ...] = (0.7, 1.0, 1.4)
+    """Doses to try, in units of the emotion's own mean difference."""
+    methods: tuple[str, ...] = ("circuit", "random units", "norm-matched directions")
+    n_validation: int = 4
+    n_heldout: int = 12
+
+    @classmethod
+    def full(cls) -> CircuitPlan:
+        """The comparison table on all held-out scenarios with every control; takes most of an hour on two cores."""
+        return cls(
+            n_effect_scenarios=6, n_curve_scenarios=10, n_influence_scenarios=20, strengths=(0.5, 0.7, 1.0, 1.4, 2.0),
+            methods=METHODS, n_validation=12, n_heldout=40,
+        )  # fmt: skip
+
+    @classmethod
+    def small(cls) -> CircuitPlan:
+        """For tests: every stage in seconds on a tiny model."""
+        return cls(sizes=((0.1, 0.02), (0.4, 0.1)), chosen=1, n_effect_scenarios=1, n_curve_scenarios=2,
+                   n_influence_scenarios=2, strengths=(0.5, 1.0), n_validation=1, n_heldout=2)  # fmt: skip
+
+
+class CircuitStudy:
+    """The circuit stages of one run; each method reads its file, making it first when it is not there."""
+
+    def __init__(self, demo: Demo, plan: CircuitPlan | None = None) -> None:
+        self.demo, self.plan = demo, plan or CircuitPlan()
+        settings = asdict(self.plan) | {"demo": asdict(demo.plan)}
+        self.run = Run(demo.run.path / "circuits", settings)
+
+    def execute(self) -> None:
+        """Run every stage."""
+        self.discovery()
+        self.validation()
+        self.evaluation()
+
+    # -- discovery -----------------------------------------------------------------------------------------------
+
+    def units(self) -> Units:
+        """Means of all heads and neurons over the training replies, and their exact direct effects."""
+
+        def make() -> None:
+            model, tokenizer = self.demo.loaded
+            texts = reply_examples(self.demo.train, self.demo.plan.emotions)
+            found = collect(
+                model, tokenizer, texts, self.demo.directions(), position="response_mean", progress=self.demo.progress
+            )
+            found.save(self.run.file("units.safetensors"))
+
+        file = "units.safetensors"
+        return self.run.stage("units", [file], make, lambda: Units.load(self.run.file(file)))
+
+    def readout(self) -> Readout:
+        """The emotion score: projection on the directions at their best layer."""
+        quality = self.demo.quality()["sets"][0]
+        return Readout.of_directions(self.demo.directions(), quality["best_layer"])
+
+    def texts(self, n: int, held_out: bool = False) -> list[Example]:
+        """Replies in every emotion to n scenarios of the validation (or held-out) themes."""
+        found = reply_examples(self.demo.heldout if held_out else self.demo.validation, self.demo.plan.emotions)
+        names = list(dict.fromkeys(e.cluster for e in found))
+        keep = {names[round(i)] for i in np.linspace(0, len(names) - 1, min(n, len(names)))}
+        return [e for e in found if e.cluster in keep]
+
+    def effects(self) -> dict[str, Tensor]:
+        """[E, L, heads] mean total effect of each head on its texts' own emotion score: "exact" and by "gradient"."""
+
+        def make() -> list[list[Any]]:
+            model = self.demo.loaded.model
+            examples, readout, base = (
+                self.texts(self.plan.n_effect_scenarios),
+                self.readout(),
+                self.units().baseline("z"),
+            )
+            exact, screened = [], []
+            batches = self._batches([e.prompt + e.response for e in examples], 8)
+            task = self.demo.progress.add_task("ablating heads", total=len(batches)) if self.demo.progress else None
+            for inputs in batches:
+                exact.append(
+                    total_effects(model, inputs, readout, mode="mean", baseline=base, seed=self.demo.plan.seed)
+                )
+                screened.append(attribution(model, inputs, readout, baseline=base))
+                if self.demo.progress and task is not None:
+                    self.demo.progress.advance(task)
+            labels = [self.demo.plan.emotions.index(e.label) for e in examples]
+            return [_per_emotion(torch.cat(found), labels).tolist() for found in (exact, screened)]
+
+        exact, screened = (torch.tensor(x) for x in self.run.json_stage("head_effects", make))
+        return {"exact": exact, "gradient": screened}
+
+    def _batches(self, texts: Sequence[str], size: int) -> list[dict[str, Tensor]]:
+        from .data.prompts import encode_prompt
+
+        tokenizer = self.demo.loaded.tokenizer
+        ids = [encode_prompt(tokenizer, text) for text in texts]
+        out = []
+        for start in range(0, len(ids), size):
+            rows, mask = pad(ids[start : start + size], "left", 0)
+            out.append({"input_ids": rows, "attention_mask": mask})
+        return out
+
+    def circuits(self, size: int | None = None) -> dict[str, Circuit]:
+        """Each emotion's circuit at one of the plan's sizes, by contrastive direct effect."""
+        units = self.units()
+        heads, neurons = self.plan.sizes[self.plan.chosen if size is None else size]
+        scores = units.heads(), units.neurons()
+        counts = [max(1, round(share * s[0].numel())) for share, s in zip((heads, neurons), scores)]
+        made = {"fingerprint": units.fingerprint, "provenance": {"seed": self.demo.plan.seed}}
+        return {e: top(e, scores[0][i], scores[1][i], *counts, **made) for i, e in enumerate(units.emotions)}
+
+    def discovery(self) -> dict[str, Any]:
+        """circuits.json: scores of heads and neurons, influence of sublayers, overlaps, stability."""
+        import json
+
+        from . import artefact
+        from .circuit_results import discovered
+
+        def make() -> None:
+            for emotion, circuit in self.circuits().items():
+                circuit.save(self.run.file(f"{emotion}.safetensors"))
+            artefact.write_json_atomic(self.run.file("circuits.json"), discovered(self))
+
+        files = ["circuits.json", *(f"{e}.safetensors" for e in self.demo.plan.emotions)]
+        return self.run.stage("circuits", files, make, lambda: json.loads(self.run.file("circuits.json").read_text()))
+
+    def influence(self) -> Any:
+        """Sublayer influence on neutral prompts, read out with the published kind of reference (five upper layers)."""
+        directions = self.demo.directions()
+        sets = {"attn": self.units().attention_directions(directions), "mlp": directions}
+        n = len(directions.layers)
+        upper = list(range(round(0.75 * n), max(round(0.93 * n), round(0.75 * n) + 1)))
+        texts = [g.text for g in one_valence(self.demo.validation)][: self.plan.n_influence_scenarios]
+        model = self.demo.loaded.model
+        return sublayer_influence(model, self._batches(texts, 8), sets, reference(list(sets.values()), upper))
+
+    # -- validation and control ----------------------------------------------------------------------------------
+
+    def validation(self) -> dict[str, Any]:
+        """curves.json: faithfulness, completeness and enhancement over sizes, beside random and foreign circuits."""
+        from .circuit_results import curves
+
+        return self.run.json_stage("curves", lambda: curves(self))
+
+    def random_circuit(self, circuit: Circuit, sizes: bool = False, layer_matched: bool = True) -> Circuit:
+        """The control of a circuit: as many other units in the same layers, of the same activation size if asked."""
+        units = self.units()
+        widths = {"heads": units.z.shape[3], "neurons": units.mlp_post.shape[-1]}
+        activity = {"heads": units.mean("z").norm(dim=-1).mean(0), "neurons": units.neuron_size} if sizes else None
+        n_layers, seed = units.z.shape[2], self.demo.plan.seed
+        return random_like(circuit, widths, n_layers, layer_matched=layer_matched, sizes=activity, seed=seed)
+
+    def steerer(self, method: str, emotion: str, strength: float) -> Steerer:
+        """The steerer of one method of the comparison at a multiple of the emotion's own difference."""
+        units, circuit = self.units(), self.circuits()[emotion]
+        if method == "norm-matched directions":
+            model = self.demo.loaded.model
+            directions: dict[str, DirectionSet] = {
+                "attn_out": units.attention_directions(self.demo.directions()), "mlp_out": self.demo.directions()
+            }  # fmt: skip
+            return norm_matched(circuit, units, model, directions, strength=strength)
+        made = {
+            "circuit": lambda: circuit,
+            "random units": lambda: self.random_circuit(circuit),
+            "all units": lambda: all_units(emotion, units),
+        }[method]()
+        return circuit_steerer(made, units, strength=strength)
+
+    def tuning(self, method: str) -> dict[str, Any]:
+        """Each emotion's best strength for one method on validation scenarios, by the rule the demo uses."""
+        from .demo_tuning import choose, grouped, summary
+
+        def make() -> dict[str, Any]:
+            base = self.demo.prompts_of(self.demo.validation, self.plan.n_validation)
+            rows, steerers = [], []
+            for strength in self.plan.strengths:
+                for emotion in self.demo.plan.emotions:
+                    steerer = self.steerer(method, emotion, strength)
+                    rows += [{**r, "emotion": emotion, "layers": [], "strength": strength} for r in base]
+                    steerers += [steerer] * len(base)
+            scored = self.demo.scored(rows, steerers, f"strengths, {method}")
+            found = [summary(group) for group in grouped(scored, ("emotion", "strength"))]
+            best = {e: choose([c for c in found if c["emotion"] == e])["strength"] for e in self.demo.plan.emotions}
+            return {"candidates": found, "chosen": best}
+
+        return self.run.json_stage(f"tuning_{_slug(method)}", make)
+
+    def method_texts(self, method: str) -> list[dict[str, Any]]:
+        """Held-out texts of one method at its chosen strengths, with verdicts."""
+        from . import artefact
+
+        file = f"texts_{_slug(method)}.jsonl"
+
+        def make() -> None:
+            chosen = self.tuning(method)["chosen"]
+            base = self.demo.prompts_of(self.demo.heldout, self.plan.n_heldout)
+            rows = [{**r, "method": method, "emotion": e} for e in self.demo.plan.emotions for r in base]
+            steerers = [self.steerer(method, e, chosen[e]) for e in self.demo.plan.emotions for _ in base]
+            artefact.write_jsonl_atomic(self.run.file(file), self.demo.scored(rows, steerers, method))
+
+        return self.run.stage(f"texts.{method}", [file], make, lambda: artefact.read_jsonl(self.run.file(file)))
+
+    def evaluation(self) -> dict[str, Any]:
+        """evaluation.json: every method on the same held-out scenarios, with paired tests against the circuit."""
+        from .circuit_results import evaluate
+
+        return self.run.json_stage("evaluation", lambda: evaluate(self))
+
+
+def _per_emotion(effects: Tensor, labels: Sequence[int]) -> Tensor:
+    """[N, L, heads, E] -> [E, L, heads]: mean effect on the own emotion's score less that on the others'."""
+    n = effects.shape[-1]
+    own = torch.stack(
+        [effects[i, ..., e] - (effects[i].sum(-1) - effects[i, ..., e]) / (n - 1) for i, e in enumerate(labels)]
+    )
+    return torch.stack([own[[i for i, lab in enumerate(labels) if lab == e]].mean(0) for e in range(n)])
+
+
+def _slug(method: str) -> str:
+    return method.replace(" ", "_").replace("-", "_")
