@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import artefact
 from .circuits.assemble import Circuit, random_like, top
 from .circuits.heads import attribution, total_effects
 from .circuits.influence import reference, sublayer_influence
@@ -105,7 +106,9 @@ class CircuitStudy:
     def effects(self) -> dict[str, Tensor]:
         """[E, L, heads] mean total effect of each head on its texts' own emotion score: "exact" and by "gradient"."""
 
-        def make() -> list[list[Any]]:
+        file = "head_effects.safetensors"
+
+        def make() -> None:
             model = self.demo.loaded.model
             examples, readout, base = (
                 self.texts(self.plan.n_effect_scenarios),
@@ -123,10 +126,12 @@ class CircuitStudy:
                 if self.demo.progress and task is not None:
                     self.demo.progress.advance(task)
             labels = [self.demo.plan.emotions.index(e.label) for e in examples]
-            return [_per_emotion(torch.cat(found), labels).tolist() for found in (exact, screened)]
+            found = {n: _per_emotion(torch.cat(x), labels) for n, x in (("exact", exact), ("gradient", screened))}
+            artefact.save(self.run.file(file), "head_effects", found, {"readout": readout.what})
 
-        exact, screened = (torch.tensor(x) for x in self.run.json_stage("head_effects", make))
-        return {"exact": exact, "gradient": screened}
+        return self.run.stage(
+            "head_effects", [file], make, lambda: artefact.load(self.run.file(file), "head_effects")[0]
+        )
 
     def _batches(self, texts: Sequence[str], size: int) -> list[dict[str, Tensor]]:
         from .data.prompts import encode_prompt
@@ -152,7 +157,6 @@ class CircuitStudy:
         """circuits.json: scores of heads and neurons, influence of sublayers, overlaps, stability."""
         import json
 
-        from . import artefact
         from .circuit_results import discovered
 
         def make() -> None:
@@ -226,8 +230,6 @@ class CircuitStudy:
 
     def method_texts(self, method: str) -> list[dict[str, Any]]:
         """Held-out texts of one method at its chosen strengths, with verdicts."""
-        from . import artefact
-
         file = f"texts_{_slug(method)}.jsonl"
 
         def make() -> None:

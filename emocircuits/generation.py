@@ -43,9 +43,11 @@ class RowSampler:
     or sampling the whole vocabulary costs as much as the model.
     """
 
-    def __init__(self, seeds: Sequence[int], decoding: Decoding, prompt_length: int, eos: Sequence[int]) -> None:
+    def __init__(self, seeds: Sequence[int], decoding: Decoding, prompts: Tensor, eos: Sequence[int]) -> None:
+        """prompts: attention mask [B, T] of the prompts."""
         self.decoding, self.eos = decoding, list(eos)
-        self.first_end = prompt_length + decoding.min_new_tokens
+        self.padding = prompts.shape[1] - prompts.sum(1, keepdim=True)
+        self.first_end = prompts.shape[1] + decoding.min_new_tokens
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -58,8 +60,10 @@ class RowSampler:
 
     def penalise(self, input_ids: Tensor, scores: Tensor) -> None:
         """Repetition penalty on what a row holds already, and no end before the minimal length; in place."""
-        seen, penalty = scores.gather(1, input_ids), self.decoding.repetition_penalty
-        scores.scatter_(1, input_ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+        padded = torch.arange(input_ids.shape[1], device=input_ids.device) < self.padding
+        tokens = torch.where(padded, input_ids[:, -1:], input_ids)  # padding was never said
+        seen, penalty = scores.gather(1, tokens), self.decoding.repetition_penalty
+        scores.scatter_(1, tokens, torch.where(seen < 0, seen * penalty, seen / penalty))
         if input_ids.shape[1] < self.first_end:
             scores[:, self.eos] = -torch.inf
 
@@ -129,7 +133,7 @@ def _generate_batch(
     tokens = torch.tensor([[pad] * (width - len(r)) + r for r in ids], device=device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in ids], device=device)
     steerer = _one_steerer(rows)
-    sampler = [RowSampler(seeds, decoding, width, _ends(module))] if decoding.temperature else []
+    sampler = [RowSampler(seeds, decoding, mask, _ends(module))] if decoding.temperature else []
     with steerer.attach(model) if steerer else nullcontext():
         out = module.generate(
             input_ids=tokens, attention_mask=mask, pad_token_id=pad, logits_processor=sampler, **decoding.kwargs()

@@ -86,7 +86,7 @@ def test_direct_head_effects_behind_the_norm_equal_ablation(name: str) -> None:
     norm = model.get_submodule(anatomy.point("resid_mid", layer).module)
     clean = capture(model, inputs, ["z", "resid_mid"], layer, positions="last")
     side = attention_side(model, layer)
-    found = head_effects(side, clean["z", layer], v, clean["resid_mid", layer], norm)
+    found = head_effects(side, clean["z", layer], v, None, clean["resid_mid", layer], norm)
     for head in range(anatomy.n_heads):
         with edit(model, Ablate(site="z", layer=layer, units=[head])):
             without = capture(model, inputs, "resid_mid", layer, positions="last")["resid_mid", layer]

@@ -170,6 +170,6 @@ def test_penalties_of_the_sampler_equal_those_of_transformers(length: int) -> No
         [RepetitionPenaltyLogitsProcessor(1.3), MinNewTokensLengthLogitsProcessor(4, 4, [7, 11], device="cpu")]
     )(ids, scores.clone())
     ours = scores.clone()
-    RowSampler([0, 1, 2], decoding, 4, [7, 11]).penalise(ids, ours)
+    RowSampler([0, 1, 2], decoding, torch.ones(3, 4), [7, 11]).penalise(ids, ours)
     assert torch.equal(ours, theirs)
     assert ours[:, 7].isinf().all() == (length < 8)

@@ -18,8 +18,8 @@ from .readout import Readout
 def gradients(model: Any, inputs: Mapping[str, Any], readout: Readout, site: str) -> list[tuple[Tensor, Tensor]]:
     """For each layer the site's activation [B, T, ...] and the readout's gradients there [E, B, T, ...].
 
-    The readout is taken at each row's last real position and summed over rows. Gradients are zero above its layer.
-    Parameters get none.
+    The readout is taken at each row's last real position and summed over rows. Layers above the readout are left
+    out. Parameters get no gradient.
     """
     module = unwrap(model)
     anatomy = resolve(module)

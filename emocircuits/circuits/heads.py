@@ -102,10 +102,12 @@ def _row_groups(start: Checkpoint, n_heads: int, rows: int) -> list[tuple[Tensor
 def attribution(model: Any, inputs: Mapping[str, Any], readout: Readout, *, baseline: Tensor | None = None) -> Tensor:
     """[B, L, heads, E] first-order estimate of `total_effects` for all heads at once, from E backward passes.
 
-    gradient of the readout at z, times z less the baseline [L, heads, head_dim] (zero when None), all positions.
+    Gradient of the readout at z, times z less the baseline [L, heads, head_dim] (zero when None), all positions; NaN
+    above the readout.
     """
     per_layer = []
     for layer, (z, grad) in enumerate(gradients(model, inputs, readout, "z")):
         lost = z if baseline is None else z - baseline[layer].to(z)
         per_layer.append((grad * lost).sum((2, 4)).permute(1, 2, 0).cpu())
+    per_layer += [torch.full_like(per_layer[0], torch.nan)] * (resolve(model).n_layers - len(per_layer))
     return torch.stack(per_layer, dim=1)

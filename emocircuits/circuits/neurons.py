@@ -11,6 +11,7 @@ from torch import Tensor
 from ..activations.edit import edit
 from ..activations.edits import Patch
 from ..errors import InputError
+from ..models.anatomy import resolve
 from .gradients import gradients
 from .readout import Readout
 
@@ -18,12 +19,13 @@ from .readout import Readout
 def attribution(model: Any, inputs: Mapping[str, Any], readout: Readout, *, baseline: Tensor | None = None) -> Tensor:
     """[B, L, d_mlp, E] first-order effect of every neuron on the readout: gradient x (activation - baseline).
 
-    All positions count; baseline [L, d_mlp] is zero when None. One forward and E backward passes.
+    All positions count; baseline [L, d_mlp] is zero when None; NaN above the readout. One forward pass, E backward.
     """
     per_layer = []
     for layer, (a, grad) in enumerate(gradients(model, inputs, readout, "mlp_post")):
         lost = a if baseline is None else a - baseline[layer].to(a)
         per_layer.append((grad * lost).sum(2).permute(1, 2, 0).cpu())
+    per_layer += [torch.full_like(per_layer[0], torch.nan)] * (resolve(model).n_layers - len(per_layer))
     return torch.stack(per_layer, dim=1)
 
 

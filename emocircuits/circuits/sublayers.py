@@ -39,12 +39,12 @@ class Sublayer:
             torch.ones(1, self.weight.shape[0], device=self.weight.device, dtype=self.weight.dtype)
         )[0]
 
-    def scale(self, y: Tensor) -> Tensor:
+    def scale(self, y: Tensor, added: Tensor | None = None) -> Tensor:
         """[...] the norm's factor on y: added(y) = scale * gain * y, so that units still add up exactly."""
         if self.norm is None:
             return torch.ones(y.shape[:-1], device=y.device)
         plain = self.gain() * y
-        return (self.norm.forward(y) * plain).sum(-1) / (plain * plain).sum(-1).clamp_min(1e-20)
+        return ((self.added(y) if added is None else added) * plain).sum(-1) / (plain * plain).sum(-1).clamp_min(1e-20)
 
 
 def attention_side(model: nn.Module, layer: int) -> Sublayer:

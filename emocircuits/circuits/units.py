@@ -6,8 +6,10 @@ arXiv 2510.11328, sections 4 and 5 of their method, which costs one forward pass
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ..directions import DirectionSet
 from ..errors import InputError
 from ..models.anatomy import resolve, unwrap
 from ..models.fingerprint import fingerprint
-from ..reading import Example, reading_batches
+from ..reading import Batch, Example, reading_batches
 from .sublayers import Sublayer, attention_side, head_writes, mlp_side
 
 KIND = "units"
@@ -140,13 +142,11 @@ def collect(
     """
     kept = _complete(examples, directions.emotions)
     tally = _Tally(model, directions, sorted({e.theme for e in kept}), norm)
-    sites = ["z", "mlp_post"] + ([] if "resid_mid" in tally.anatomy.missing else ["resid_mid"])
     for batch in reading_batches(
         model, tokenizer, kept, position=position, batch_size=batch_size, progress=progress, title="reading units"
     ):
         rows = [kept[i] for i in batch.index]
-        tally.begin([e.label for e in rows], [e.theme for e in rows], batch.weights())
-        capture(model, batch.inputs, sites, positions="all", into=tally)
+        tally.read([e.label for e in rows], [e.theme for e in rows], batch)
     made = {"n_texts": len(kept), "directions": directions.method, "read_at": directions.position}
     return tally.result(position, fingerprint(model), made)
 
@@ -164,7 +164,7 @@ def _complete(examples: Sequence[Example], emotions: Sequence[str]) -> list[Exam
 
 
 class _Tally:
-    """Running sums by (emotion, fold); called by `capture` with one site of one layer at a time."""
+    """Running sums by (emotion, fold), taken in hooks, one layer at a time."""
 
     def __init__(self, model: Any, directions: DirectionSet, folds: list[str], norm: str) -> None:
         self.model, self.anatomy, self.norm = unwrap(model), resolve(model), norm
@@ -187,42 +187,58 @@ class _Tally:
         self.size = torch.zeros(self.anatomy.n_layers, width, device=device)
         self.scale = {k: torch.zeros(self.anatomy.n_layers, device=device) for k in ("z", "mlp_post")}
 
-    def begin(self, labels: list[str], themes: list[str], weights: Tensor) -> None:
-        """The texts of the next batch and the averaging weights [B, T] of their tokens."""
-        n, device = len(self.folds), self.count.device
+    def read(self, labels: list[str], themes: list[str], batch: Batch) -> None:
+        """Run one batch and add what its texts show."""
+        n, device, weights = len(self.folds), self.count.device, batch.weights()
         rows = [self.directions.index(e) * n + self.folds.index(t) for e, t in zip(labels, themes)]
-        self.group = torch.tensor(rows, device=device)
-        self.count += torch.bincount(self.group, minlength=len(self.count))
-        self.at = weights.nonzero(as_tuple=True)
-        self.weight = weights[self.at].to(device)
-        self.at = tuple(i.to(device) for i in self.at)
-        self.token_group = self.group[self.at[0]]
+        group = torch.tensor(rows, device=device)
+        self.count += torch.bincount(group, minlength=len(self.count))
+        at = weights.nonzero(as_tuple=True)
+        self.weight = weights[at].to(device)
+        self.at = (at[0].to(device), at[1].to(device))
+        self.token_group = group[self.at[0]]
+        parallel = "resid_mid" in self.anatomy.missing
+        last = {"resid_post": -1} if parallel else {"resid_mid": "all", "resid_post": -1}
+        with ExitStack() as stack:
+            for layer in range(self.anatomy.n_layers):
+                for side, take in ((self.attention[layer], self._heads), (self.mlps[layer], self._neurons)):
+                    # After the projection, so that what it wrote need not be computed again.
+                    hook = side.project.register_forward_hook(partial(self._take, take, layer))
+                    stack.callback(hook.remove)
+            capture(self.model, batch.inputs, last, positions="all", into=self._residual)
 
-    def __call__(self, key: tuple[str, int], value: Tensor) -> None:
+    def _take(self, take: Callable[[int, Tensor, Tensor], None], layer: int, _: Any, args: Any, output: Tensor) -> None:
+        """Hand the tokens that are read to `take`: [M, width] entering the projection, [M, d_model] leaving it."""
+        take(layer, args[0][self.at].float(), output[self.at].float())
+
+    def _heads(self, layer: int, x: Tensor, y: Tensor) -> None:
+        side, z = self.attention[layer], x.unflatten(1, (self.anatomy.n_heads, -1))
+        self._add("z", layer, z)
+        self._written = (z, y)
+        added = side.added(y)
+        self.scale["z"][layer] += (side.scale(y, added) * self.weight).sum()
+        if self.norm == "pre":
+            self._add("head_effects", layer, head_effects(side, z, self.units[:, layer], y))
+
+    def _residual(self, key: tuple[str, int], value: Tensor) -> None:
         site, layer = key
-        x = value[self.at].float()  # [M, ...] the tokens that are read
-        if site == "z":
-            self._add("z", layer, x)
-            self._z = x
-            side = self.attention[layer]
-            self.scale["z"][layer] += (side.scale(side.written(x.flatten(1))) * self.weight).sum()
-            if self.norm == "pre":
-                self._add("head_effects", layer, head_effects(self.attention[layer], x, self.units[:, layer]))
-        elif site == "resid_mid":
-            self._add("resid_mid", layer, x)
-            if self.norm == "pre":
-                return
-            # This layer's z came just before.
+        if site != "resid_mid":
+            return
+        x = value[self.at].float()
+        self._add("resid_mid", layer, x)
+        if self.norm == "post":  # this layer's heads came just before
             reader = self.model.get_submodule(self.anatomy.point("resid_mid", layer).module)
-            effects = head_effects(self.attention[layer], self._z, self.units[:, layer], x, reader)
+            z, y = self._written
+            effects = head_effects(self.attention[layer], z, self.units[:, layer], y, x, reader)
             self._add("head_effects", layer, effects)
-        else:
-            side = self.mlps[layer]
-            self._add("mlp_post", layer, x)
-            scale = side.scale(side.written(x))
-            self._add("neuron_sums", layer, x * scale[:, None])
-            self.scale["mlp_post"][layer] += (scale * self.weight).sum()
-            self.size[layer] += (x.abs() * self.weight[:, None]).sum(0)
+
+    def _neurons(self, layer: int, x: Tensor, y: Tensor) -> None:
+        side = self.mlps[layer]
+        scale = side.scale(y)
+        self._add("mlp_post", layer, x)
+        self._add("neuron_sums", layer, x * scale[:, None])
+        self.scale["mlp_post"][layer] += (scale * self.weight).sum()
+        self.size[layer] += (x.abs() * self.weight[:, None]).sum(0)
 
     def _add(self, name: str, layer: int, x: Tensor) -> None:
         weight = self.weight.reshape(-1, *(1,) * (x.dim() - 1))
@@ -250,16 +266,26 @@ class _Tally:
 
 
 def head_effects(
-    side: Sublayer, z: Tensor, directions: Tensor, resid: Tensor | None = None, reader: nn.Module | None = None
+    side: Sublayer,
+    z: Tensor,
+    directions: Tensor,
+    y: Tensor | None = None,
+    resid: Tensor | None = None,
+    reader: nn.Module | None = None,
 ) -> Tensor:
     """[M, heads, E] exact change of the projection on `directions` [E, d_model] when one head's z is set to zero.
 
-    z [M, heads, head_dim]. Without `reader` the change of what attention adds to the residual stream; with it (a norm)
-    the change of reader(resid), where resid [M, d_model] is the stream after attention.
+    z [M, heads, head_dim]; y [M, d_model] what o_proj made of it (computed when None). Without `reader` the change of
+    what attention adds to the residual stream; with it (a norm) the change of reader(resid), where resid [M, d_model]
+    is the stream after attention.
     """
+    directions = directions.to(z)
+    if side.norm is None and reader is None:  # linear: no need to write anything out
+        weight = (directions @ side.weight.to(z)).unflatten(1, z.shape[1:])
+        return torch.einsum("mhk,ehk->mhe", z, weight)
     writes = head_writes(side, z)
-    y = side.written(z.flatten(1))
+    y = side.written(z.flatten(1)) if y is None else y
     lost = side.added(y)[:, None] - side.added(y[:, None] - writes) if side.norm is not None else writes
     if reader is not None and resid is not None:
         lost = reader.forward(resid)[:, None] - reader.forward(resid[:, None] - lost)
-    return lost @ directions.to(lost.dtype).T
+    return lost @ directions.to(lost).T
