@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from emocircuits import circuit_plots as plots
-from emocircuits._report_html import Page, emotion_label, esc, interval, num, p_value, points, table
+from emocircuits._report_html import Page, emotion_label, esc, interval, note, num, p_value, points, table
 
 Data = Mapping[str, Any]
 DIRECTION = "direction steering"
@@ -14,6 +14,8 @@ DIRECTION = "direction steering"
 
 def section(page: Page, found: Data) -> str:
     """Everything the circuit part measured; stages that have not run are left out."""
+    if skipped := found.get("skipped"):
+        return note(f"This model has no circuits to show: {esc(skipped['reason'])}.")
     circuits, curves, evaluation = (found.get(k) for k in ("circuits", "curves", "evaluation"))
     parts = [
         _verdict(curves, evaluation),

@@ -14,6 +14,7 @@ from emocircuits.errors import InputError
 
 Data = Mapping[str, Any]
 _NAMES = {"demo": "gemma-3-270m (demo)"}
+_CIRCUITS = ("circuits", "curves", "evaluation", "skipped")
 _STAGES = ("quality", "embedding", "tuning", "evaluation", "dose")
 
 
@@ -64,7 +65,7 @@ def read_run(run_path: str | Path) -> RunData:
         raise InputError(f"{path} is not a run folder (no manifest.json); check the path")
     stages = {name: _read_json(path / f"{name}.json") for name in _STAGES}
     texts = path / "texts.jsonl"
-    inside = {name: _read_json(path / "circuits" / f"{name}.json") for name in ("circuits", "curves", "evaluation")}
+    inside = {name: _read_json(path / "circuits" / f"{name}.json") for name in _CIRCUITS}
     circuits = inside if any(inside.values()) else None
     return RunData(path, manifest, **stages, texts=read_jsonl(texts) if texts.is_file() else None, circuits=circuits)
 

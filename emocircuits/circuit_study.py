@@ -22,6 +22,7 @@ from .circuits.readout import Readout
 from .circuits.units import Units, collect
 from .demo import Demo
 from .directions import DirectionSet
+from .errors import HookError
 from .examples import one_valence, reply_examples
 from .reading import Example, pad
 from .runs import Run
@@ -34,31 +35,36 @@ METHODS = ("circuit", "random units", "all units", "norm-matched directions")
 class CircuitPlan:
     """Settings of the circuit part. Sizes are shares of all heads and of all neurons."""
 
-    sizes: tuple[tuple[float, float], ...] = ((0.02, 0.001), (0.06, 0.004), (0.125, 0.016), (0.25, 0.06), (0.5, 0.25))
+    sizes: tuple[tuple[float, float], ...] = ((0.02, 0.001), (0.06, 0.004), (0.125, 0.016), (0.25, 0.06))
     chosen: int = 3
     """Which of the sizes steers (a quarter of the heads, as published)."""
-    n_effect_scenarios: int = 3
+    n_effect_scenarios: int = 2
     n_curve_scenarios: int = 4
     n_influence_scenarios: int = 8
-    strengths: tuple[float, ...] = (0.7, 1.0, 1.4)
+    strengths: tuple[float, ...] = (0.7, 1.4)
     """Doses to try, in units of the emotion's own mean difference."""
+    direction_strengths: tuple[float, ...] = (0.15, 0.3)
+    """The same for norm-matched directions, which break the text long before the circuit's norm."""
     methods: tuple[str, ...] = ("circuit", "random units", "norm-matched directions")
-    n_validation: int = 4
-    n_heldout: int = 12
+    n_validation: int = 3
+    n_heldout: int = 10
 
     @classmethod
     def full(cls) -> CircuitPlan:
         """The comparison table on all held-out scenarios with every control; takes most of an hour on two cores."""
         return cls(
-            n_effect_scenarios=6, n_curve_scenarios=10, n_influence_scenarios=20, strengths=(0.5, 0.7, 1.0, 1.4, 2.0),
-            methods=METHODS, n_validation=12, n_heldout=40,
+            sizes=(*cls().sizes, (0.5, 0.25)), n_effect_scenarios=6, n_curve_scenarios=10, n_influence_scenarios=20,
+            strengths=(0.5, 0.8, 1.2, 1.8), direction_strengths=(0.1, 0.2, 0.3, 0.5), methods=METHODS,
+            n_validation=12, n_heldout=40,
         )  # fmt: skip
 
     @classmethod
     def small(cls) -> CircuitPlan:
         """For tests: every stage in seconds on a tiny model."""
-        return cls(sizes=((0.1, 0.02), (0.4, 0.1)), chosen=1, n_effect_scenarios=1, n_curve_scenarios=2,
-                   n_influence_scenarios=2, strengths=(0.5, 1.0), n_validation=1, n_heldout=2)  # fmt: skip
+        return cls(
+            sizes=((0.1, 0.02), (0.4, 0.1)), chosen=1, n_effect_scenarios=1, n_curve_scenarios=2, n_validation=1,
+            n_influence_scenarios=2, strengths=(0.5, 1.0), direction_strengths=(0.2,), n_heldout=2,
+        )  # fmt: skip
 
 
 class CircuitStudy:
@@ -70,7 +76,16 @@ class CircuitStudy:
         self.run = Run(demo.run.path / "circuits", settings)
 
     def execute(self) -> None:
-        """Run every stage."""
+        """Run every stage; on a model whose units cannot be told apart, write the reason and stop.
+
+        That is a model without per-head z (linear attention) or without down_proj modules (fused experts).
+        """
+        try:
+            self.units()
+        except HookError as error:
+            reason = str(error)
+            self.run.json_stage("skipped", lambda: {"reason": reason})
+            return
         self.discovery()
         self.validation()
         self.evaluation()
@@ -104,7 +119,9 @@ class CircuitStudy:
         return [e for e in found if e.cluster in keep]
 
     def effects(self) -> dict[str, Tensor]:
-        """[E, L, heads] mean total effect of each head on its texts' own emotion score: "exact" and by "gradient"."""
+        """[E, L, heads] total effect of each head on its texts' own emotion score, "exact" and by "gradient".
+
+        NaN in layers after the readout."""
 
         file = "head_effects.safetensors"
 
@@ -127,11 +144,14 @@ class CircuitStudy:
                     self.demo.progress.advance(task)
             labels = [self.demo.plan.emotions.index(e.label) for e in examples]
             found = {n: _per_emotion(torch.cat(x), labels) for n, x in (("exact", exact), ("gradient", screened))}
-            artefact.save(self.run.file(file), "head_effects", found, {"readout": readout.what})
+            reached = {n: x[:, : readout.layer + 1] for n, x in found.items()}  # later heads cannot reach the readout
+            artefact.save(self.run.file(file), "head_effects", reached, {"readout": readout.what})
 
-        return self.run.stage(
+        found = self.run.stage(
             "head_effects", [file], make, lambda: artefact.load(self.run.file(file), "head_effects")[0]
         )
+        later = len(self.demo.directions().layers) - found["exact"].shape[1]
+        return {n: torch.nn.functional.pad(x, (0, 0, 0, later), value=torch.nan) for n, x in found.items()}
 
     def _batches(self, texts: Sequence[str], size: int) -> list[dict[str, Tensor]]:
         from .data.prompts import encode_prompt
@@ -216,7 +236,8 @@ class CircuitStudy:
         def make() -> dict[str, Any]:
             base = self.demo.prompts_of(self.demo.validation, self.plan.n_validation)
             rows, steerers = [], []
-            for strength in self.plan.strengths:
+            directions = method == "norm-matched directions"
+            for strength in self.plan.direction_strengths if directions else self.plan.strengths:
                 for emotion in self.demo.plan.emotions:
                     steerer = self.steerer(method, emotion, strength)
                     rows += [{**r, "emotion": emotion, "layers": [], "strength": strength} for r in base]

@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     _demo_parser(verbs)
     _models_parser(verbs)
     _directions_parser(verbs)
+    _circuit_parser(verbs)
     _steer_parser(verbs)
     _evaluate_parser(verbs)
     return top
@@ -64,6 +65,20 @@ def _directions_parser(verbs: argparse._SubParsersAction) -> None:
     made.add_argument("--output", type=Path, default=Path("directions.safetensors"))
     made.add_argument("--seed", type=int, default=0)
     made.set_defaults(run=run_directions)
+
+
+def _circuit_parser(verbs: argparse._SubParsersAction) -> None:
+    circuit = _verb(
+        verbs,
+        "circuit",
+        "find emotion circuits, validate them and compare them with directions and prompting",
+        "emocircuits circuit --out runs/circuits --full",
+    )
+    circuit.add_argument("--model", default="demo", help="hub id, folder, GGUF file or 'demo' (Gemma-3-270M)")
+    circuit.add_argument("--out", type=Path, default=Path("runs/circuits"), help="run folder; a demo run is continued")
+    circuit.add_argument("--seed", type=int, default=0)
+    circuit.add_argument("--full", action="store_true", help="all scenarios, doses and controls; most of an hour")
+    circuit.set_defaults(run=run_circuit)
 
 
 def _steer_parser(verbs: argparse._SubParsersAction) -> None:
@@ -110,8 +125,19 @@ def run_demo(args: argparse.Namespace) -> None:
     """`emocircuits demo`"""
     from .demo import Demo, Plan
 
+    from .circuit_study import CircuitPlan
+
     plan = Plan.small(args.model) if args.small else Plan(args.model, seed=args.seed)
-    report = Demo(args.out, plan).execute()
+    report = Demo(args.out, plan).execute(CircuitPlan.small() if args.small else None)
+    _say(f"report: {report}")
+
+
+def run_circuit(args: argparse.Namespace) -> None:
+    """`emocircuits circuit`"""
+    from .circuit_study import CircuitPlan
+    from .demo import Demo, Plan
+
+    report = Demo(args.out, Plan(args.model, seed=args.seed)).execute(CircuitPlan.full() if args.full else None)
     _say(f"report: {report}")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from .models.load import Loaded, load
 from .reading import Example, Features, read, residual_norms
 from .runs import Run
 from .steering.steerer import Steerer, Term
+
+if TYPE_CHECKING:
+    from .circuit_study import CircuitPlan
 
 LEXICAL = tuple(w for w in WORDINGS if w.lexical)
 NOUN_FREE = tuple(w for w in WORDINGS if not w.lexical)
@@ -94,15 +97,18 @@ class Demo:
             self._judge = EmbeddingJudge(seed=self.plan.seed)
         return self._judge
 
-    def execute(self) -> Path:
-        """Run every stage and write report.html; returns its path."""
+    def execute(self, circuits: CircuitPlan | None = None) -> Path:
+        """Run every stage and write report.html; returns its path. circuits: settings of the circuit part."""
+        from .circuit_study import CircuitPlan, CircuitStudy
+        from .report import write_report
+
         with self.progress:
             self.quality()
             self.tuning()
             self.texts()
             self.evaluation()
             self.dose()
-        from .report import write_report
+            CircuitStudy(self, circuits or CircuitPlan()).execute()
 
         return write_report(self.run.path)
 

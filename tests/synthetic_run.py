@@ -31,7 +31,51 @@ def write_run(
     write_json_atomic(path / "dose.json", dose(rng, emotions))
     write_json_atomic(path / "evaluation.json", evaluation(rng, emotions))
     write_jsonl_atomic(path / "texts.jsonl", texts(rng, emotions, scenarios))
+    for name, value in circuits(rng, emotions, layers).items():
+        write_json_atomic(path / "circuits" / f"{name}.json", value)
     return path
+
+
+def circuits(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) -> dict[str, Any]:
+    """circuits/circuits.json, curves.json and evaluation.json."""
+    n, heads, ranks = len(emotions), 4, [1, 4, 16, 64]
+    effects = rng.normal(0, 0.1, (n, layers, heads)).tolist()
+    effects[0][layers - 1] = [None] * heads
+    influence = rng.uniform(0, 2, (n, layers)).tolist()
+    members = {"heads": 2, "neurons": 8, "negative": 0, "top_heads": [[1, 2]], "top_neurons": [[3, 17], [0, 4]]}
+    shared = {"jaccard": 0.4, "chance": 0.2, "excess": 0.25}
+    found = {
+        "emotions": list(emotions), "position": "response_mean",
+        "heads": {"direct": effects, "total": effects, "gradient": effects, "agreement": {"direct vs total": 0.3}},
+        "neurons": {"ranks": ranks, "scores": (1 / np.outer(np.ones(n), ranks)).tolist(), "share_of_layer": influence},
+        "influence": {"attn": influence, "mlp": influence, "cosine": {}, "correlation_with_cosine": 0.9},
+        "members": dict.fromkeys(emotions, members), "overlap": {"heads": shared, "neurons": shared},
+        "stability": {"heads": 0.7, "neurons": None},
+    }  # fmt: skip
+    rows = [
+        {"size": i, "n_heads": k, "n_neurons": 8 * k, "control": control, "action": action,
+         **interval(0.2 * (i + 1) if control == "circuit" else 0.05)}
+        for i, k in enumerate((1, 2, 4))
+        for control in ("circuit", "layer-matched random", "another emotion's")
+        for action in ("keep", "ablate", "enhance")
+    ]  # fmt: skip
+    base = evaluation(rng, emotions)["methods"]
+    names = {"circuit": "steered", "random units": "random", "norm-matched directions": "random",
+             "direction steering": "steered", "prompting": "prompted", "random direction": "random"}  # fmt: skip
+    gaps = [
+        {"a": "circuit", "b": b, "what": "coherent", "difference": interval(0.2), "p": 0.001} for b in list(names)[1:]
+    ]
+    compared = {
+        "methods": {k: base[v] for k, v in names.items()},
+        "comparisons": gaps,
+        "strengths": {},
+        "n_scenarios": 10,
+    }
+    return {
+        "circuits": found,
+        "curves": {"rows": rows, "areas": {"circuit, keep": 0.4}, "n_texts": 24, "readout": "projection"},
+        "evaluation": compared,
+    }
 
 
 def interval(estimate: float, half: float = 0.05, n: int = 240) -> dict[str, Any]:

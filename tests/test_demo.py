@@ -8,6 +8,7 @@ import pytest
 import zoo
 from test_reading import Words
 
+from emocircuits.circuit_study import CircuitPlan, CircuitStudy
 from emocircuits.cli import main
 from emocircuits.demo import Demo, Plan
 from emocircuits.directions import DirectionSet
@@ -29,7 +30,7 @@ def loaded():
 
 def test_a_run_is_complete_and_is_not_done_twice(loaded, tmp_path, monkeypatch) -> None:
     plan = Plan.small("tiny")
-    report = Demo(tmp_path / "run", plan, loaded).execute()
+    report = Demo(tmp_path / "run", plan, loaded).execute(CircuitPlan.small())
     assert "<html" in report.read_text()
     run = Run.open(tmp_path / "run")
     for stage in ("quality", "tuning", "texts.steered", "texts", "evaluation", "dose"):
@@ -39,6 +40,11 @@ def test_a_run_is_complete_and_is_not_done_twice(loaded, tmp_path, monkeypatch) 
     steered = evaluation["methods"]["steered"]["coherent"]
     assert steered["n"] == 6 * 4
     assert steered["n_clusters"] == 4
+    circuits = Run.open(tmp_path / "run" / "circuits")
+    assert all(circuits.done(s) for s in ("units", "head_effects", "circuits", "curves", "evaluation"))
+    compared = json.loads(circuits.file("evaluation.json").read_text())
+    assert {"circuit", "random units", "direction steering", "prompting"} <= set(compared["methods"])
+    assert "coherent expression by circuit modulation" in report.read_text().lower()
     chosen = json.loads(run.file("tuning.json").read_text())["chosen"]
     assert set(chosen) == set(plan.emotions)
 
@@ -47,7 +53,7 @@ def test_a_run_is_complete_and_is_not_done_twice(loaded, tmp_path, monkeypatch) 
 
     monkeypatch.setattr("emocircuits.demo.generate", never)
     monkeypatch.setattr("emocircuits.demo.read", never)
-    Demo(tmp_path / "run", plan, loaded).execute()
+    Demo(tmp_path / "run", plan, loaded).execute(CircuitPlan.small())
     assert write_report(tmp_path / "run") == report
 
 
@@ -64,13 +70,13 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(loaded, tmp_path, monk
 
     monkeypatch.setattr(module, "generate", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
-        Demo(tmp_path / "run", plan, loaded).execute()
+        Demo(tmp_path / "run", plan, loaded).execute(CircuitPlan.small())
     run = Run.open(tmp_path / "run")
     assert run.done("quality")
     assert not run.done("tuning")
     before = run.file("directions_response_mean.safetensors").read_bytes()
     monkeypatch.setattr(module, "generate", real)
-    Demo(tmp_path / "run", plan, loaded).execute()
+    Demo(tmp_path / "run", plan, loaded).execute(CircuitPlan.small())
     assert run.file("directions_response_mean.safetensors").read_bytes() == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in loaded.model.modules())
 
@@ -94,3 +100,10 @@ def test_other_settings_in_the_same_folder_are_refused(loaded, tmp_path, capsys)
         Demo(tmp_path / "run", Plan("tiny"), loaded)
     assert main(["demo", "--model", str(tmp_path / "nothing"), "--out", str(tmp_path / "new"), "--small"]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_model_without_neurons_says_why_it_has_no_circuits(loaded, tmp_path) -> None:
+    experts = Loaded(zoo.build("mixtral"), Words(), "tiny")
+    demo = Demo(tmp_path / "run", Plan.small("tiny"), experts)
+    CircuitStudy(demo, CircuitPlan.small()).execute()
+    assert "down_proj" in json.loads((tmp_path / "run" / "circuits" / "skipped.json").read_text())["reason"]

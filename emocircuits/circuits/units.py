@@ -38,7 +38,8 @@ class Units:
     count [E, F]; z [E, F, L, heads, head_dim]; mlp_post [E, F, L, d_mlp]; resid_mid [E, F, L, d_model] (zeros where
     attention and MLP are parallel); head_effects [E, F, L, heads, E]: what each
     head adds along each emotion's direction; neuron_sums [E, F, L, d_mlp]: activation times the norm's scale, so that
-    `neuron_sums * beta` is what a neuron adds; neuron_size [L, d_mlp]: mean |activation|. NaN in folds never seen.
+    `neuron_sums * beta` is what a neuron adds; neuron_size [L, d_mlp]: mean |activation|. Cells that were never seen
+    hold zeros and count 0.
     """
 
     emotions: tuple[str, ...]
@@ -65,7 +66,7 @@ class Units:
         keep = [i for i, f in enumerate(self.folds) if folds is None or f in folds]
         value, weight = getattr(self, name)[:, keep], self.count[:, keep]
         weight = weight / weight.sum(1, keepdim=True)
-        return (value.nan_to_num() * weight.reshape(*weight.shape, *(1,) * (value.dim() - 2))).sum(1)
+        return (value * weight.reshape(*weight.shape, *(1,) * (value.dim() - 2))).sum(1)
 
     def heads(self, contrast: bool = True, folds: Sequence[str] | None = None) -> Tensor:
         """[E, L, heads] what each head adds along its emotion's direction, in direction units.
@@ -110,9 +111,9 @@ class Units:
     def load(cls, path: str | Path) -> Units:
         """Read saved units; raises ArtefactError for a damaged file or another kind of artefact."""
         tensors, h = artefact.load(path, KIND)
-        names: dict[str, Any] = {"emotions": tuple(h["emotions"]), "folds": tuple(h["folds"])}
-        return cls(**names, **{n: tensors[n] for n in TENSORS}, position=h["position"], norm=h["norm"],
-                   fingerprint=h["fingerprint"], provenance=h["provenance"])  # fmt: skip
+        fields: dict[str, Any] = {n: tensors[n] for n in TENSORS} | {"emotions": tuple(h["emotions"])}
+        kept = {n: h[n] for n in ("position", "norm", "fingerprint", "provenance")}
+        return cls(**fields, folds=tuple(h["folds"]), **kept)
 
 
 def _own(effects: Tensor, contrast: bool) -> Tensor:
@@ -246,7 +247,7 @@ class _Tally:
 
     def result(self, position: str, who: Mapping[str, Any], made: Mapping[str, Any]) -> Units:
         e, f = len(self.directions.emotions), len(self.folds)
-        weight = self.count.reshape(e * f)
+        weight = self.count.clamp_min(1)
         means = {
             k: (v / weight.reshape(-1, *(1,) * (v.dim() - 1))).unflatten(0, (e, f)).cpu() for k, v in self.sums.items()
         }

@@ -151,7 +151,7 @@ def _other_cell(cells: Tensor, label: int, seed: int) -> Tensor:
     rng = np.random.default_rng(seed)
     n, folds = cells.shape[:2]
     emotion = (label + 1 + int(rng.integers(n - 1))) % n
-    return cells[emotion, int(rng.integers(folds))].nan_to_num()
+    return cells[emotion, int(rng.integers(folds))]
 
 
 def normalised(full: np.ndarray, part: np.ndarray, nothing: np.ndarray) -> np.ndarray:
