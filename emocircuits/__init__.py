@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         Activations,
         Add,
         Apply,
+        Blend,
         Clamp,
         Edit,
         Moments,
@@ -36,7 +37,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     **dict.fromkeys(
-        ("Ablate", "Activations", "Add", "Apply", "Clamp", "Edit", "Moments", "Patch", "Project", "Scale"),
+        ("Ablate", "Activations", "Add", "Apply", "Blend", "Clamp", "Edit", "Moments", "Patch", "Project", "Scale"),
         "activations",
     ),
     **dict.fromkeys(("capture", "edit", "record"), "activations"),
@@ -50,8 +51,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "Ablate", "ActivationStore", "Activations", "Add", "Anatomy", "Apply", "Clamp", "Decoding", "DirectionSet", "Edit",
-    "Example", "Features", "Loaded", "Moments", "Patch", "Project", "Scale", "Steerer", "capture", "edit", "fit",
+    "Ablate", "ActivationStore", "Activations", "Add", "Anatomy", "Apply", "Blend", "Clamp", "Decoding", "DirectionSet",
+    "Edit", "Example", "Features", "Loaded", "Moments", "Patch", "Project", "Scale", "Steerer", "capture", "edit", "fit",
     "generate", "load", "read", "record", "resolve",
 ]  # fmt: skip
 

@@ -78,7 +78,7 @@ def _comparison(evaluation: Data) -> str:
             [
                 esc(name),
                 interval(scores.get("coherent")),
-                interval(scores.get("expressed")),
+                interval(scores.get("expression")),
                 interval(scores.get("degenerate")),
                 num((scores.get("perplexity") or {}).get("median"), ".1f"),
                 num(scores.get("similarity_to_unsteered")),

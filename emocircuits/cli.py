@@ -123,9 +123,8 @@ def _evaluate_parser(verbs: argparse._SubParsersAction) -> None:
 
 def run_demo(args: argparse.Namespace) -> None:
     """`emocircuits demo`"""
-    from .demo import Demo, Plan
-
     from .circuit_study import CircuitPlan
+    from .demo import Demo, Plan
 
     plan = Plan.small(args.model) if args.small else Plan(args.model, seed=args.seed)
     report = Demo(args.out, plan).execute(CircuitPlan.small() if args.small else None)

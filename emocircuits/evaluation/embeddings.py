@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -17,23 +16,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from emocircuits.errors import InputError, MissingPackageError
+from ..errors import InputError, MissingPackageError
+from ..models.demo_model import cache_folder
 
 T = TypeVar("T")
 
 MAX_TOKENS = 256
 """Longer texts are judged by their first 256 word pieces, the length MiniLM was trained for."""
-
-
-def cache_folder() -> Path:
-    """Folder for derived files, safe to delete at any time; the variable EMOCIRCUITS_CACHE overrides it."""
-    if chosen := os.environ.get("EMOCIRCUITS_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "emocircuits"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "emocircuits" / "Cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emocircuits"
 
 
 def packaged_minilm() -> Path:

@@ -59,7 +59,7 @@ def summarise(
     quartiles = np.nanquantile(ppl, [0.25, 0.5, 0.75]) if np.isfinite(ppl).any() else [np.nan] * 3
     similarity = content_similarity(texts, [unsteered[r["skeleton_id"]] for r in rows], embed)
     return {
-        **{key: interval(rows, key, seed) for key in ("coherent", "expressed", "named", "degenerate")},
+        **{key: interval(rows, key, seed) for key in ("coherent", "named", "degenerate")},
         "expression": interval(rows, "expressed", seed),
         "perplexity": dict(zip(("q25", "median", "q75"), map(number, quartiles))),
         "distinct_2": number(distinct_n(texts, 2)),

@@ -109,6 +109,17 @@ def bridge_model(model: Any, tokenizer: Any) -> Any:
     return bridges.TransformerBridge.boot_transformers(name, hf_model=twin(model), tokenizer=tokenizer, device="cpu")
 
 
+@cache
+def hooked_model(model: Any, tokenizer: Any, name: str = "google/gemma-3-270m") -> Any:
+    """The demo model as a HookedTransformer without weight processing."""
+    lens = require("transformer_lens")
+    made = lens.HookedTransformer.from_pretrained_no_processing(
+        name, hf_model=twin(model), tokenizer=tokenizer, device="cpu"
+    )
+    made.cfg.use_attn_result = False
+    return made.eval()
+
+
 def bridge_capture(bridge: Any, ids: Tensor, n_layers: int, tuned: bool) -> Way:
     """run_with_cache filtered to resid_post; `tuned` keeps the last position only and asks for no logits."""
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]

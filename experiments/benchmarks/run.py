@@ -23,6 +23,7 @@ CASES = {
     "steering": "steering_case",
     "import": "imports_case",
     "reading": "reading_case",
+    "circuits": "circuit_case",
 }
 RESULTS = Path(__file__).parent / "results"
 NOTE = (
