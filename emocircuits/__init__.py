@@ -51,9 +51,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Ablate", "ActivationStore", "Activations", "Add", "Anatomy", "Apply", "Blend", "Clamp", "Decoding", "DirectionSet",
-    "Edit", "Example", "Features", "Loaded", "Moments", "Patch", "Project", "Scale", "Steerer", "capture", "edit", "fit",
-    "generate", "load", "read", "record", "resolve",
+    "Ablate", "ActivationStore", "Activations", "Add", "Anatomy", "Apply", "Blend", "Clamp", "Decoding",
+    "DirectionSet", "Edit", "Example", "Features", "Loaded", "Moments", "Patch", "Project", "Scale", "Steerer",
+    "capture", "edit", "fit", "generate", "load", "read", "record", "resolve",
 ]  # fmt: skip
 
 

@@ -53,9 +53,9 @@ class CircuitPlan:
     def full(cls) -> CircuitPlan:
         """The comparison table on all held-out scenarios with every control; takes most of an hour on two cores."""
         return cls(
-            sizes=(*cls().sizes, (0.5, 0.25)), n_effect_scenarios=6, n_curve_scenarios=10, n_influence_scenarios=20,
+            sizes=(*cls().sizes, (0.5, 0.25)), n_effect_scenarios=5, n_curve_scenarios=8, n_influence_scenarios=20,
             strengths=(0.5, 0.8, 1.2, 1.8), direction_strengths=(0.1, 0.2, 0.3, 0.5), methods=METHODS,
-            n_validation=12, n_heldout=40,
+            n_validation=8, n_heldout=40,
         )  # fmt: skip
 
     @classmethod

@@ -269,3 +269,24 @@ def test_bad_requests_are_one_sentence() -> None:
     moe = zoo.build("mixtral")
     with pytest.raises(HookError, match="down_proj"):
         collect(moe, tokenizer, texts(), fit(read(moe, tokenizer, texts(), position="last_prompt"), EMOTIONS))
+
+
+@pytest.mark.real_model
+def test_effects_on_the_demo_model_equal_ablation(demo) -> None:
+    model, tokenizer = demo
+    anatomy = resolve(model)
+    inputs = dict(tokenizer(["They gave my seat away again, and nobody would say why."], return_tensors="pt"))
+    readout = random_readout(model)
+    clean = capture(model, inputs, ["z", "attn_out"], positions="last")
+    end = readout(capture(model, inputs, "final_norm")["final_norm", 0])
+    total = total_effects(model, inputs, readout, layers=[2, 11, 17])
+    last = total_effects(model, inputs, readout, layers=[2, 11, 17], positions="last")
+    for layer, head in ((2, 1), (11, 3), (17, 0)):
+        direct = head_effects(attention_side(model, layer), clean["z", layer], readout.weights)[:, head]
+        with edit(model, Ablate(site="z", layer=layer, units=[head], positions="last")):
+            without = capture(model, inputs, "attn_out", layer)["attn_out", layer]
+        wanted = (clean["attn_out", layer] - without) @ readout.weights.T
+        assert float((direct - wanted).abs().max() / wanted.abs().max()) < 1e-5
+        for found, positions in ((total, "all"), (last, "last")):
+            wanted = end - brute_force(model, inputs, readout, layer, head, positions)
+            torch.testing.assert_close(found[:, layer, head], wanted, rtol=1e-3, atol=1e-3 * float(end.abs().max()))

@@ -95,6 +95,11 @@ def _table(title: str, shape: str, ways: dict[str, Way], repetitions: int, missi
     for name in ways:
         target = TARGETS.get(name.removeprefix("emocircuits "))
         note = _same(timing.results[name], timing.results[_reference(name)])
+        if name == _reference(name) != UNSTEERED:
+            changed = float((timing.results[name] != timing.results[UNSTEERED]).float().mean())
+            if not changed:
+                raise RuntimeError("the push changes no token, so equal tokens would mean nothing; raise STRENGTH")
+            note = f"changes {changed:.0%} of the tokens"
         lines.append(Line(name, {COLUMN: timing.ratio(name, UNSTEERED, target)}, note if name != UNSTEERED else ""))
     return Table(title, f"greedy, {shape}, a random direction in the residual stream", lines + missing)
 
