@@ -255,7 +255,7 @@ class CircuitStudy:
 
         def make() -> None:
             chosen = self.tuning(method)["chosen"]
-            base = self.demo.prompts_of(self.demo.heldout, self.plan.n_heldout)
+            base = self.demo.prompts_of(self.demo.written_on, self.plan.n_heldout)
             rows = [{**r, "method": method, "emotion": e} for e in self.demo.plan.emotions for r in base]
             steerers = [self.steerer(method, e, chosen[e]) for e in self.demo.plan.emotions for _ in base]
             artefact.write_jsonl_atomic(self.run.file(file), self.demo.scored(rows, steerers, method))

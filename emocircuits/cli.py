@@ -78,6 +78,9 @@ def _circuit_parser(verbs: argparse._SubParsersAction) -> None:
     circuit.add_argument("--out", type=Path, default=Path("runs/circuits"), help="run folder; a demo run is continued")
     circuit.add_argument("--seed", type=int, default=0)
     circuit.add_argument("--full", action="store_true", help="all scenarios, doses and controls; most of an hour")
+    circuit.add_argument(
+        "--scenarios", type=Path, help="SEV file (JSONL) to steer on instead of our held-out scenarios"
+    )
     circuit.set_defaults(run=run_circuit)
 
 
@@ -136,7 +139,9 @@ def run_circuit(args: argparse.Namespace) -> None:
     from .circuit_study import CircuitPlan
     from .demo import Demo, Plan
 
-    report = Demo(args.out, Plan(args.model, seed=args.seed)).execute(CircuitPlan.full() if args.full else None)
+    scenarios = str(args.scenarios.resolve()) if args.scenarios else None
+    plan = Plan(args.model, seed=args.seed, scenarios=scenarios)
+    report = Demo(args.out, plan).execute(CircuitPlan.full() if args.full else None)
     _say(f"report: {report}")
 
 

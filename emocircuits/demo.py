@@ -20,7 +20,7 @@ from torch import Tensor
 from . import artefact
 from .data.emotions import EKMAN6
 from .data.prompts import PINNED_DATE, WORDINGS, completion_prompt
-from .data.scenarios import ScenarioSet, discovery, heldout
+from .data.scenarios import ScenarioSet, discovery, heldout, load_sev
 from .directions import DirectionSet, fit
 from .evaluation import scoring
 from .evaluation.fluency import FluencyThresholds, fit_thresholds, kl_on_neutral, perplexity
@@ -55,6 +55,8 @@ class Plan:
     n_heldout: int | None = None
     n_baseline: int | None = 20
     """Held-out scenarios on which prompting and the random direction are run; paired with the same steered ones."""
+    scenarios: str | None = None
+    """SEV file whose scenarios are steered instead of our held-out ones, say a local copy of the public test set."""
     max_new_tokens: int = 26
     batch_size: int = 60
     seed: int = 0
@@ -80,6 +82,7 @@ class Demo:
         train, self.validation = discovery().split(by="theme", fraction=0.25, seed=plan.seed)
         self.train = _spread(train, plan.n_train)
         self.heldout = _spread(heldout(), plan.n_heldout)
+        self.written_on = _spread(load_sev(plan.scenarios), plan.n_heldout) if plan.scenarios else self.heldout
 
     @property
     def loaded(self) -> Loaded:
@@ -257,7 +260,7 @@ class Demo:
     def _method_rows(self, method: str) -> tuple[list[dict[str, Any]], list[Steerer | None]]:
         """Prompt rows of one method with the steerer of each."""
         n = self.plan.n_baseline if method in ("random", "prompted") else None
-        base = [{**r, "method": method} for r in self.prompts_of(self.heldout, n)]
+        base = [{**r, "method": method} for r in self.prompts_of(self.written_on, n)]
         if method == "unsteered":
             return [{**r, "emotion": None} for r in base], [None] * len(base)
         rows = [{**r, "emotion": e} for e in self.plan.emotions for r in base]

@@ -274,7 +274,6 @@ def test_bad_requests_are_one_sentence() -> None:
 @pytest.mark.real_model
 def test_effects_on_the_demo_model_equal_ablation(demo) -> None:
     model, tokenizer = demo
-    anatomy = resolve(model)
     inputs = dict(tokenizer(["They gave my seat away again, and nobody would say why."], return_tensors="pt"))
     readout = random_readout(model)
     clean = capture(model, inputs, ["z", "attn_out"], positions="last")

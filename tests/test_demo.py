@@ -107,3 +107,14 @@ def test_a_model_without_neurons_says_why_it_has_no_circuits(loaded, tmp_path) -
     demo = Demo(tmp_path / "run", Plan.small("tiny"), experts)
     CircuitStudy(demo, CircuitPlan.small()).execute()
     assert "down_proj" in json.loads((tmp_path / "run" / "circuits" / "skipped.json").read_text())["reason"]
+
+
+def test_texts_are_written_on_a_scenario_file_of_the_users_own(loaded, tmp_path) -> None:
+    row = {"theme": "Sea", "scenario": "I rowed out at dawn.", "skeleton_id": "sea_00"}
+    row["event"] = {"positive": "The fish came.", "neutral": "The wind turned.", "negative": "The oar broke."}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    demo = Demo(tmp_path / "run", Plan("tiny", scenarios=str(tmp_path / "own.jsonl")), loaded)
+    rows, _ = demo._method_rows("unsteered")
+    assert [r["skeleton_id"] for r in rows] == ["sea_00"]
+    with pytest.raises(InputError, match="cannot read the scenario file"):
+        Demo(tmp_path / "other", Plan("tiny", scenarios=str(tmp_path / "none.jsonl")), loaded)
