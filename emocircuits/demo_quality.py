@@ -84,7 +84,10 @@ def _one_set(
 def _fits(demo: Demo, plain: dict[str, Any], test: Features) -> dict[str, Any]:
     """Other ways to fit the reply directions, and the read-out: the method and layer that training themes chose."""
     emotions, seed, train = demo.plan.emotions, demo.plan.seed, demo.replies(False)
-    lda = _fit(train, test, emotions, "lda", quality.across_themes(train, emotions, method="lda", seed=seed), seed)
+    # LDA inverts a covariance per theme and layer, so it only looks around the layer the plain method chose.
+    near = [layer for layer in train.layers if abs(layer - plain["best_layer"]) <= 3]
+    across = quality.across_themes(train.at(near), emotions, method="lda", seed=seed)
+    lda = _fit(train.at(near), test, emotions, "lda", across, seed)
     logistic = _fit(train.at([lda["layer"]]), test.at([lda["layer"]]), emotions, "logistic", None, seed)
     at_best = next(r for r in plain["tests"][0]["rows"] if r["layer"] == plain["best_layer"])
     diff_means = {"method": "diff_means", "layer": plain["best_layer"], "across_themes": max(plain["across_themes"])}

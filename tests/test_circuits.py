@@ -122,8 +122,6 @@ def brute_force(model: Any, inputs: dict, readout: Readout, layer: int, head: in
 def test_total_effects_equal_one_forward_per_head(name: str, positions: str) -> None:
     model = zoo.build(name)
     inputs, anatomy = padded(model), resolve(model)
-    if "position_ids" in inputs and positions == "last":
-        pytest.skip("learned positions: the prefix cache is for rotary models")
     for readout in (random_readout(model), random_readout(model, "resid_post", 2)):
         clean = readout(next(iter(capture(model, inputs, readout.site, readout.layer).values())))
         found = total_effects(model, inputs, readout, positions=positions, rows=5)

@@ -62,10 +62,14 @@ class Checkpoint:
             raise HookError("restarting at the last position needs rows that end in the same column; pad left")
         mask = torch.ones_like(ids) if mask is None else mask
         cache = DynamicCache()
-        before = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], "past_key_values": cache, "use_cache": True}
+        tokens = {"input_ids": ids}
+        if "position_ids" in self.inputs:
+            tokens["position_ids"] = self.inputs["position_ids"]
+        before = {name: x[:, :-1] for name, x in tokens.items()} | {"attention_mask": mask[:, :-1]}
+        before |= {"past_key_values": cache, "use_cache": True}
         capture(self.module, before, "resid_post", -1, positions="last")
         self._prefix = [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[union-attr]
-        self.inputs = {"input_ids": ids[:, -1:], "attention_mask": mask}
+        self.inputs = {name: x[:, -1:] for name, x in tokens.items()} | {"attention_mask": mask}
 
     def _record(self) -> None:
         with ExitStack() as stack:
@@ -128,10 +132,10 @@ class Checkpoint:
         real = type(mlp).forward
 
         def trimmed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if x.dim() != 3 or not isinstance(mask, Tensor) or mask.dim() != 2:
+            if x.dim() != 3:
                 return real(mlp, x, *args, **kwargs)
-            columns = torch.arange(x.shape[1], device=x.device)
-            last = torch.where(mask.bool(), columns, -1).max(-1).values
+            columns = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+            last = (columns if mask is None else torch.where(mask.bool(), columns, -1)).max(-1).values
             index = last[:, None, None].expand(-1, 1, x.shape[-1])
             out = real(mlp, x.gather(1, index), *args, **kwargs)
             if not isinstance(out, Tensor):
