@@ -30,38 +30,41 @@ def _verdict(curves: Data | None, evaluation: Data | None) -> str:
     """Who wins, said plainly, whichever way it came out."""
     said = []
     if curves:
-        row = _at(curves["rows"], "circuit", "keep")
-        rival = _at(curves["rows"], "layer-matched random", "keep")
-        if row and rival:
+        rows = {
+            (control, action): _at(curves["rows"], control, action)
+            for control in ("circuit", "layer-matched random") for action in ("keep", "ablate")
+        }  # fmt: skip
+        size = rows["circuit", "keep"]
+        if size and all(rows.values()):
+            shown = {key: interval(row) for key, row in rows.items()}
             said.append(
-                f"With only {row['n_heads']} heads and {row['n_neurons']} neurons per emotion intact, {interval(row)} "
-                "of the emotion score survives on held-out replies; with as many random units of the same layers "
-                f"{interval(rival)}."
+                f"Each circuit has {size['n_heads']} heads and {size['n_neurons']} neurons. Without them the emotion "
+                f"score of held-out replies is {shown['circuit', 'ablate']} of the whole model's, without as many random "
+                f"units of the same layers {shown['layer-matched random', 'ablate']}: that says how far they are needed. "
+                f"With nothing else intact it is {shown['circuit', 'keep']}, with random units "
+                f"{shown['layer-matched random', 'keep']}: that says how far they suffice."
             )
     if evaluation:
         pairs = {c["b"]: c["difference"] for c in evaluation["comparisons"]}
         said += [
-            _wins("the same units' random replacements", pairs.get("random units"), "which units are moved matters")
+            _wins("random units", pairs.get("random units"), "it matters which units are moved"),
+            _wins(
+                "norm-matched directions", pairs.get("norm-matched directions"), "the circuit beats plain directions"
+            ),
+            _wins("tuned direction steering", pairs.get(DIRECTION), "the circuit is the better steerer"),
         ]
-        said += [_wins("plain directions of the same norm at the same sublayers", pairs.get("norm-matched directions"),
-                       "the circuit's vectors are better than directions")]  # fmt: skip
-        said += [_wins("tuned direction steering", pairs.get(DIRECTION), "circuit modulation is the better steerer")]
     return "".join(f"<p>{s}</p>" for s in said if s)
 
 
 def _wins(rival: str, difference: Data | None, meaning: str) -> str:
     if not difference or difference.get("estimate") is None:
         return ""
-    low, high = difference["low"], difference["high"]
-    verdict = (
-        f"so {meaning}"
-        if low > 0
-        else f"so it is not true that {meaning}"
-        if high < 0
-        else "so neither is clearly better"
-    )
-    gap = points(difference)
-    return f"Coherent expression by circuit modulation less that by {rival}: {gap} points, {verdict}."
+    verdict = "neither is clearly better"
+    if difference["low"] > 0:
+        verdict = meaning
+    elif difference["high"] < 0:
+        verdict = f"it is not so that {meaning}"
+    return f"Circuit modulation minus {rival}, in coherent expression: {points(difference)} points; {verdict}."
 
 
 def _at(rows: list[Data], control: str, action: str) -> Data | None:

@@ -154,7 +154,7 @@ def targets(data: RunData) -> list[Target]:
     return found
 
 
-def _target(name: str, goal: str, found: Data | None, threshold: float, form: str = ".0%") -> Target:
+def _target(name: str, goal: str, found: Data | None, threshold: float, form: str = ".1%") -> Target:
     found = found or {"reason": "not measured in this run"}
     estimate, low = number(found.get("estimate")), number(found.get("low"))
     measured = points(found) if form == "points" else interval(found, form)

@@ -289,7 +289,7 @@ def _fits(quality: Data) -> str:
             [
                 esc(other.get("method")) + (" (the read-out)" if chosen else ""),
                 esc(other.get("layer")),
-                num(other.get("across_themes")),
+                num(other.get("across_themes"), reason="not computed"),
                 interval(as_interval(other), ".2f"),
                 num(other.get("auroc")),
             ]

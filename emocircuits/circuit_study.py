@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from .circuits.influence import reference, sublayer_influence
 from .circuits.modulation import all_units, circuit_steerer, norm_matched
 from .circuits.readout import Readout
 from .circuits.units import Units, collect
-from .demo import Demo
+from .demo import Demo, evenly
 from .directions import DirectionSet
 from .errors import HookError
 from .examples import one_valence, reply_examples
@@ -115,7 +114,7 @@ class CircuitStudy:
         """Replies in every emotion to n scenarios of the validation (or held-out) themes."""
         found = reply_examples(self.demo.heldout if held_out else self.demo.validation, self.demo.plan.emotions)
         names = list(dict.fromkeys(e.cluster for e in found))
-        keep = {names[round(i)] for i in np.linspace(0, len(names) - 1, min(n, len(names)))}
+        keep = {names[i] for i in evenly(len(names), min(n, len(names)))}
         return [e for e in found if e.cluster in keep]
 
     def effects(self) -> dict[str, Tensor]:
@@ -255,12 +254,19 @@ class CircuitStudy:
 
         def make() -> None:
             chosen = self.tuning(method)["chosen"]
-            base = self.demo.prompts_of(self.demo.written_on, self.plan.n_heldout)
+            base = self._heldout_prompts()
             rows = [{**r, "method": method, "emotion": e} for e in self.demo.plan.emotions for r in base]
             steerers = [self.steerer(method, e, chosen[e]) for e in self.demo.plan.emotions for _ in base]
             artefact.write_jsonl_atomic(self.run.file(file), self.demo.scored(rows, steerers, method))
 
         return self.run.stage(f"texts.{method}", [file], make, lambda: artefact.read_jsonl(self.run.file(file)))
+
+    def _heldout_prompts(self) -> list[dict[str, Any]]:
+        """Rows of the comparison; when they are few, of those that the demo's baselines have too."""
+        n, baseline = self.plan.n_heldout, self.demo.plan.n_baseline
+        few = baseline if baseline is not None and n < baseline else None
+        rows = self.demo.prompts_of(self.demo.written_on, few)
+        return rows if n >= len(rows) else [rows[i] for i in evenly(len(rows), n)]
 
     def evaluation(self) -> dict[str, Any]:
         """evaluation.json: every method on the same held-out scenarios, with paired tests against the circuit."""

@@ -183,7 +183,7 @@ class Demo:
     def prompts_of(self, scenarios: ScenarioSet, n: int | None = None) -> list[dict[str, Any]]:
         """Prompt rows, one per scenario, valences taking turns; n of them are the same rows as among all of them."""
         groups = one_valence(scenarios)
-        groups = groups if n is None or n >= len(groups) else [groups[i] for i in _evenly(len(groups), n)]
+        groups = groups if n is None or n >= len(groups) else [groups[i] for i in evenly(len(groups), n)]
         keep = ("skeleton_id", "theme", "valence")
         return [{**{k: getattr(g, k) for k in keep}, "prompt": completion_prompt(g), "group": g} for g in groups]
 
@@ -314,10 +314,11 @@ def _spread(scenarios: ScenarioSet, n: int | None) -> ScenarioSet:
     if n is None or n >= len(scenarios):
         return scenarios
     rows = list(scenarios)
-    return ScenarioSet(tuple(rows[i] for i in _evenly(len(rows), n)))
+    return ScenarioSet(tuple(rows[i] for i in evenly(len(rows), n)))
 
 
-def _evenly(total: int, n: int) -> list[int]:
+def evenly(total: int, n: int) -> list[int]:
+    """n of `total` places, spread over them."""
     return [round(i) for i in np.linspace(0, total - 1, n)]
 
 

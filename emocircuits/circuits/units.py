@@ -266,6 +266,7 @@ class _Tally:
         )  # fmt: skip
 
 
+@torch.no_grad()
 def head_effects(
     side: Sublayer,
     z: Tensor,
