@@ -38,10 +38,10 @@ def _verdict(curves: Data | None, evaluation: Data | None) -> str:
         if size and all(rows.values()):
             shown = {key: interval(row) for key, row in rows.items()}
             said.append(
-                f"Each circuit has {size['n_heads']} heads and {size['n_neurons']} neurons. Without them the emotion "
-                f"score of held-out replies is {shown['circuit', 'ablate']} of the whole model's, without as many random "
-                f"units of the same layers {shown['layer-matched random', 'ablate']}: that says how far they are needed. "
-                f"With nothing else intact it is {shown['circuit', 'keep']}, with random units "
+                f"Each circuit has {size['n_heads']} heads and {size['n_neurons']} neurons. Without them the "
+                f"emotion score of held-out replies is {shown['circuit', 'ablate']} of the whole model's, without as "
+                f"many random units of the same layers {shown['layer-matched random', 'ablate']}: that says how far "
+                f"they are needed. With nothing else intact it is {shown['circuit', 'keep']}, with random units "
                 f"{shown['layer-matched random', 'keep']}: that says how far they suffice."
             )
     if evaluation:

@@ -38,7 +38,7 @@ class CircuitPlan:
     chosen: int = 3
     """Which of the sizes steers (a quarter of the heads, as published)."""
     n_effect_scenarios: int = 2
-    n_curve_scenarios: int = 4
+    n_curve_scenarios: int = 3
     n_influence_scenarios: int = 8
     strengths: tuple[float, ...] = (0.7, 1.4)
     """Doses to try, in units of the emotion's own mean difference."""
@@ -46,7 +46,7 @@ class CircuitPlan:
     """The same for norm-matched directions, which break the text long before the circuit's norm."""
     methods: tuple[str, ...] = ("circuit", "random units", "norm-matched directions")
     n_validation: int = 3
-    n_heldout: int = 10
+    n_heldout: int = 8
 
     @classmethod
     def full(cls) -> CircuitPlan:

@@ -118,8 +118,7 @@ def _nll(model: PreTrainedModel, head: nn.Module, states: Tensor, targets: Tenso
     parts = []
     for chunk in _chunks(len(states), head):
         logits = _finish(model, head(states[chunk])).float()
-        picked = logits.gather(1, targets[chunk, None])[:, 0]
-        parts.append((logits.logsumexp(dim=1) - picked).double().cpu())
+        parts.append(nn.functional.cross_entropy(logits, targets[chunk], reduction="none").double().cpu())
     return torch.cat(parts)
 
 
