@@ -144,6 +144,7 @@ def _discovery(page: Page, found: Data) -> str:
     members = table(
         "Members (layer.unit), best first.", ["emotion", "heads", "neurons", "top heads", "top neurons"], rows
     )
+    members += _reads(found.get("reads") or {})
     facts = [
         [esc(kind), num(o["jaccard"]), num(o["chance"]), num(o["excess"]), num(found["stability"].get(kind))]
         for kind, o in found["overlap"].items()
@@ -156,6 +157,16 @@ def _discovery(page: Page, found: Data) -> str:
     agreement = [[esc(name), num(value)] for name, value in heads["agreement"].items()]
     scores = table("Correlation of head scores.", ["scores", "Pearson"], agreement, wide=False)
     return f'<div class="grid">{"".join(figures)}</div>{members}{shared}{scores}'
+
+
+def _reads(reads: Data) -> str:
+    rows = [
+        [f"{emotion_label(emotion)} {'.'.join(map(str, row['head']))}",
+         esc(", ".join(f"{token!r} {share:.0%}" for token, share in row["tokens"]))]
+        for emotion, heads in reads.items() for row in heads
+    ]  # fmt: skip
+    caption = "What the best heads attend to at the end of a reply in their emotion, as shares of their attention."
+    return table(caption, ["head", "tokens"], rows) if rows else ""
 
 
 def _units(units: list[list[int]]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .circuits.assemble import Circuit, overlap, top
+from .circuits.heads import attended_tokens
 from .circuits.validate import Condition, area, ratio_interval, scores
 from .evaluation import scoring
 
@@ -53,10 +54,23 @@ def discovered(study: CircuitStudy) -> dict[str, Any]:
                 "top_heads": [list(u) for u in c.heads[:8]], "top_neurons": [list(u) for u in c.neurons[:8]]}
             for e, c in circuits.items()
         },
+        "reads": _reads(study, circuits),
         "overlap": {kind: _overlaps(circuits, kind, size) for kind, size in
                     (("heads", heads[0].numel()), ("neurons", neurons[0].numel()))},
         "stability": _stability(study),
     }  # fmt: skip
+
+
+def _reads(study: CircuitStudy, circuits: dict[str, Circuit], n_heads: int = 3) -> dict[str, Any]:
+    """Which tokens the best heads of each circuit attend to at the end of replies in their emotion."""
+    model, tokenizer = study.demo.loaded
+    texts = study.texts(study.plan.n_curve_scenarios)
+    found = {}
+    for emotion, circuit in circuits.items():
+        mine = [e.prompt + e.response for e in texts if e.label == emotion]
+        read = attended_tokens(model, tokenizer, mine, circuit.heads[:n_heads])
+        found[emotion] = [{"head": list(head), "tokens": [list(t) for t in tokens]} for head, tokens in read.items()]
+    return found
 
 
 def _overlaps(circuits: dict[str, Circuit], kind: str, n_units: int) -> dict[str, Any]:

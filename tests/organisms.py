@@ -32,6 +32,12 @@ class Tokens:
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [self.bos_token_id] * add_special_tokens + [self._id(w) for w in text.split()]}
 
+    def decode(self, ids: list[int]) -> str:
+        token = ids[0]
+        if token < FILLER:
+            return ("pad", "bos", "eos")[token]
+        return EMOTIONS[token - EMOTION] if EMOTION <= token < LABEL else f"w{token - FILLER}"
+
     def _id(self, word: str) -> int:
         if word.startswith("="):
             return LABEL + EMOTIONS.index(word[1:])

@@ -51,6 +51,7 @@ def circuits(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) -
         "influence": {"attn": influence, "mlp": influence, "cosine": {}, "correlation_with_cosine": 0.9},
         "members": dict.fromkeys(emotions, members), "overlap": {"heads": shared, "neurons": shared},
         "stability": {"heads": 0.7, "neurons": None},
+        "reads": {emotions[0]: [{"head": [1, 2], "tokens": [["<bos>", 0.5], [" <b>", 0.2]]}]},
     }  # fmt: skip
     rows = [
         {"size": i, "n_heads": k, "n_neurons": 8 * k, "control": control, "action": action,

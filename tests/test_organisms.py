@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from emocircuits.circuits.assemble import by_counts, random_like, top
-from emocircuits.circuits.heads import attribution, total_effects
+from emocircuits.circuits.heads import attended_tokens, attribution, total_effects
 from emocircuits.circuits.neurons import attribution as neuron_attribution
 from emocircuits.circuits.readout import Readout
 from emocircuits.circuits.units import collect
 from emocircuits.circuits.validate import Condition, ratio_interval, scores
 from emocircuits.directions import fit
+from emocircuits.errors import InputError
 from emocircuits.evaluation.statistics import auroc
 from emocircuits.reading import Example, read
 
@@ -99,6 +100,15 @@ def test_the_distractor_looks_like_a_member_by_its_direct_effect(found) -> None:
     direct = units.heads()
     assert all(int(direct[e, 0].argmax()) == organisms.DISTRACTOR[1] for e in range(3))
     assert float(direct[:, 0, 3].mean()) > 10 * float(direct[:, 0, :3].abs().mean())
+
+
+def test_a_planted_head_attends_everywhere_alike(found) -> None:
+    organism = found[0]
+    text = "w1 w2 anger w3 w3"
+    read = dict(attended_tokens(organism.model, organism.tokenizer, [text], [organism.heads[0]])[organism.heads[0]])
+    assert read == pytest.approx({"w3": 2 / 6, "bos": 1 / 6, "w1": 1 / 6, "w2": 1 / 6, "anger": 1 / 6}, abs=1e-4)
+    with pytest.raises(InputError, match="does not exist"):
+        attended_tokens(organism.model, organism.tokenizer, [text], [(0, 9)])
 
 
 def test_validation_rejects_the_distractor_and_keeps_the_circuit(found) -> None:

@@ -27,6 +27,9 @@ class Words:
         ids = [3 + sum(map(ord, word)) % 120 for word in text.split()]
         return {"input_ids": [self.bos_token_id] * add_special_tokens + ids}
 
+    def decode(self, ids: list[int]) -> str:
+        return str(ids[0])
+
     def batch_decode(self, rows, skip_special_tokens: bool = True) -> list[str]:
         return [" ".join(str(int(t)) for t in row) for row in rows]
 

@@ -14,7 +14,9 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from ..activations import capture
 from ..activations.restart import Checkpoint
+from ..data.prompts import encode_prompt
 from ..errors import InputError, unknown
 from ..models.anatomy import resolve
 from .gradients import gradients
@@ -111,3 +113,28 @@ def attribution(model: Any, inputs: Mapping[str, Any], readout: Readout, *, base
         per_layer.append((grad * lost).sum((2, 4)).permute(1, 2, 0).cpu())
     per_layer += [torch.full_like(per_layer[0], torch.nan)] * (resolve(model).n_layers - len(per_layer))
     return torch.stack(per_layer, dim=1)
+
+
+@torch.no_grad()
+def attended_tokens(
+    model: Any, tokenizer: Any, texts: Sequence[str], heads: Sequence[tuple[int, int]], *, top: int = 8
+) -> dict[tuple[int, int], list[tuple[str, float]]]:
+    """What heads read: for each (layer, head) the tokens its last position attends to, with their mean attention.
+
+    Attention to a token is summed within a text and averaged over texts, so that shares add up to 1 over all tokens.
+    Raises InputError for a head that does not exist.
+    """
+    anatomy = resolve(model)
+    for layer, head in heads:
+        if not (0 <= layer < anatomy.n_layers and 0 <= head < anatomy.n_heads):
+            raise InputError(f"head {head} of layer {layer} does not exist; the model has {anatomy.n_heads} heads in"
+                             f" {anatomy.n_layers} layers")  # fmt: skip
+    shares: dict[tuple[int, int], dict[str, float]] = {head: {} for head in heads}
+    for text in texts:
+        ids = encode_prompt(tokenizer, text)
+        patterns = capture(model, torch.tensor([ids]), "pattern", sorted({layer for layer, _ in heads}))
+        for (layer, head), found in shares.items():
+            for token, weight in zip(ids, patterns["pattern", layer][0, head, -1].tolist()):
+                name = tokenizer.decode([token])
+                found[name] = found.get(name, 0.0) + weight / len(texts)
+    return {head: sorted(found.items(), key=lambda pair: -pair[1])[:top] for head, found in shares.items()}

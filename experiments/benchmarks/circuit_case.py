@@ -6,7 +6,7 @@ from typing import Any
 
 import peers
 import torch
-from harness import Line, Table, Way, build, interleaved
+from harness import MIB, Cell, Line, Table, Way, build, interleaved, memory_of
 from torch import Tensor
 from workloads import demo, text_ids
 
@@ -48,6 +48,13 @@ def _direct(repetitions: int) -> Table:
     timing = interleaved(ways, repetitions)
     column = "time, x capture pass"
     lines = [Line(n, {column: timing.ratio(n, CAPTURE, 1.3 if n == DIRECT else None)}) for n in ways]
+    few = examples[: len(examples) // 3]
+    held = [
+        memory_of(lambda e=e: collect(model, tokenizer, e, directions, position="last_prompt", batch_size=4))
+        for e in (few, examples)
+    ]
+    ratio = {"peak memory, x a third of the prompts": Cell(held[1].peak / held[0].peak, target=1.05)}
+    lines.append(Line("the same, memory", ratio, f"peak {held[1].peak / MIB:.0f} MiB"))
     anatomy = resolve(model)
     units = anatomy.n_layers * anatomy.n_heads
     workload = (
