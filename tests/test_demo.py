@@ -44,7 +44,7 @@ def test_a_run_is_complete_and_is_not_done_twice(loaded, tmp_path, monkeypatch) 
     assert all(circuits.done(s) for s in ("units", "head_effects", "circuits", "curves", "evaluation"))
     compared = json.loads(circuits.file("evaluation.json").read_text())
     assert {"circuit", "random units", "direction steering", "prompting"} <= set(compared["methods"])
-    assert "coherent expression by circuit modulation" in report.read_text().lower()
+    assert "circuit modulation minus random units" in report.read_text().lower()
     chosen = json.loads(run.file("tuning.json").read_text())["chosen"]
     assert set(chosen) == set(plan.emotions)
 
