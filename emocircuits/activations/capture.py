@@ -187,7 +187,7 @@ def capture(
     _check_weights(module)
     batch = adapt_inputs(module, batch)
     reader = _Reader(module, keys, positions, reduce, stop=logits is None, into=into)
-    batch = _moved(module, batch)
+    batch = moved(module, batch)
     wanted: Tensor | None = None
     with torch.set_grad_enabled(grad), reader.installed(), ExitStack() as stack:
         if logits is not None:
@@ -275,7 +275,7 @@ def _check_weights(module: nn.Module) -> None:
         )
 
 
-def _moved(module: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+def moved(module: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch on the device of the first weights; untouched when those are offloaded, for accelerate moves it."""
     device = next(module.parameters()).device
     if device.type == "meta":

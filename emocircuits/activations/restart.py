@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import HookError
 from ..models.anatomy import child_named, resolve, unwrap
 from . import forward as fw
-from .capture import adapt_inputs, as_inputs, capture
+from .capture import adapt_inputs, as_inputs, capture, moved
 
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 
@@ -37,7 +37,7 @@ class Checkpoint:
         if not all(self.anatomy.attention):
             layer = self.anatomy.attention.index("")
             raise HookError(f"layer {layer} of this {self.anatomy.family} model has no attention module to restart at")
-        self.inputs = adapt_inputs(self.module, as_inputs(inputs))
+        self.inputs = moved(self.module, adapt_inputs(self.module, as_inputs(inputs)))
         self.cached = cached
         self.resid_pre: list[Tensor] = []
         self.attention: list[Tensor] = []
