@@ -85,7 +85,7 @@ def _by_layer(steerer: Steerer) -> dict[int, Tensor]:
 
 
 def _hint(steerer: Steerer) -> str:
-    return str((steerer.fingerprint or {}).get("model_type") or "unknown")
+    return str((steerer.fingerprint or {}).get("architecture") or "unknown")
 
 
 def _gguf() -> Any:
