@@ -31,7 +31,7 @@ def _verdict(curves: Data | None, evaluation: Data | None) -> str:
     said = []
     if curves:
         rows = {
-            (control, action): _at(curves["rows"], control, action)
+            (control, action): _at(curves, control, action)
             for control in ("circuit", "layer-matched random") for action in ("keep", "ablate")
         }  # fmt: skip
         size = rows["circuit", "keep"]
@@ -48,10 +48,8 @@ def _verdict(curves: Data | None, evaluation: Data | None) -> str:
         pairs = {c["b"]: c["difference"] for c in evaluation["comparisons"]}
         said += [
             _wins("random units", pairs.get("random units"), "it matters which units are moved"),
-            _wins(
-                "norm-matched directions", pairs.get("norm-matched directions"), "the circuit beats plain directions"
-            ),
-            _wins("tuned direction steering", pairs.get(DIRECTION), "the circuit is the better steerer"),
+            _wins("plain directions at the same sites", pairs.get("directions, same sites"), "the circuit wins"),
+            _wins("tuned direction steering", pairs.get(DIRECTION), "the circuit wins"),
         ]
     return "".join(f"<p>{s}</p>" for s in said if s)
 
@@ -63,13 +61,16 @@ def _wins(rival: str, difference: Data | None, meaning: str) -> str:
     if difference["low"] > 0:
         verdict = meaning
     elif difference["high"] < 0:
-        verdict = f"it is not so that {meaning}"
+        verdict = f"{rival} win" if rival.endswith("s") else f"{rival} wins"
     return f"Circuit modulation minus {rival}, in coherent expression: {points(difference)} points; {verdict}."
 
 
-def _at(rows: list[Data], control: str, action: str) -> Data | None:
-    mine = [r for r in rows if (r["control"], r["action"]) == (control, action) and r["estimate"] is not None]
-    return max((r for r in mine), key=lambda r: r["n_neurons"] if r["n_neurons"] else 0, default=None)
+def _at(curves: Data, control: str, action: str) -> Data | None:
+    """The row of the circuit that steers."""
+    chosen = curves.get("chosen")
+    wanted = (control, action, chosen)
+    mine = (r for r in curves["rows"] if (r["control"], r["action"], r["size"]) == wanted and r["estimate"] is not None)
+    return next(mine, None)
 
 
 def _comparison(evaluation: Data) -> str:
@@ -80,6 +81,7 @@ def _comparison(evaluation: Data) -> str:
         rows.append(
             [
                 esc(name),
+                num((scores.get("coherent") or {}).get("n_clusters"), ".0f"),
                 interval(scores.get("coherent")),
                 interval(scores.get("expression")),
                 interval(scores.get("degenerate")),
@@ -89,19 +91,20 @@ def _comparison(evaluation: Data) -> str:
                 p_value(test["p"]) if test else "",
             ]
         )
-    head = ["method", "coherent expression", "forced choice", "degenerate", "perplexity", "content kept",
+    head = ["method", "scenarios", "coherent expression", "forced choice", "degenerate", "perplexity", "content kept",
             "circuit minus this, points", "p"]  # fmt: skip
     caption = (
-        f"Every method at its best strength, on the same {evaluation['n_scenarios']} held-out scenarios. Random units: "
-        "as many other heads and neurons in the same layers with their own differences. Norm-matched directions: plain "
-        "directions at the circuit's sublayers, pushing each as far as the circuit does."
+        "Every method at its best strength on held-out scenarios, compared where both were run. Random units: as many "
+        "other heads and neurons of the same layers, their own differences scaled to push as far as the circuit does "
+        "(one draw). Directions, same sites: plain directions at the circuit's sublayers, their norms in the circuit's "
+        "proportions."
     )
     return table(caption, head, rows, strong="circuit")
 
 
 def _curves(page: Page, curves: Data) -> str:
     captions = {
-        "keep": ("Faithfulness", "All other heads and neurons hold their mean (dotted: another text's mean)."),
+        "keep": ("Faithfulness", "All other units hold their mean (dotted: the mean of another emotion and theme)."),
         "ablate": ("Completeness", "The units hold their mean; lower means that they were needed."),
         "enhance": ("Enhancement", "The emotion's difference is added to the units in neutral replies; 100% would be "
                     "the score of replies in the emotion."),
@@ -150,8 +153,8 @@ def _discovery(page: Page, found: Data) -> str:
         for kind, o in found["overlap"].items()
     ]
     shared = table(
-        "How much the emotions' circuits share, and how far two halves of the training themes agree (both corrected "
-        "for chance: 0 is chance, 1 identity).",
+        "How much the emotions' circuits share, and how far two halves of the training themes agree, given the "
+        "same directions (both corrected for chance: 0 is chance, 1 identity).",
         ["units", "Jaccard between emotions", "by chance", "excess", "stability over themes"], facts, wide=False,
     )  # fmt: skip
     agreement = [[esc(name), num(value)] for name, value in heads["agreement"].items()]

@@ -126,7 +126,13 @@ def curves(study: CircuitStudy) -> dict[str, Any]:
         share = ratio_interval(found[:, 0], found[:, column], found[:, 1], clusters, seed=demo.plan.seed)
         rows.append({**_size(study, size), "control": control, "action": action, **share})
     rows += _enhancement(study)
-    return {"rows": rows, "areas": _areas(rows), "n_texts": len(texts), "readout": readout.what}
+    return {
+        "rows": rows,
+        "areas": _areas(rows),
+        "n_texts": len(texts),
+        "readout": readout.what,
+        "chosen": study.plan.chosen,
+    }
 
 
 def _size(study: CircuitStudy, size: int) -> dict[str, Any]:
@@ -152,7 +158,10 @@ def _enhancement(study: CircuitStudy) -> list[dict[str, Any]]:
     model, tokenizer = demo.loaded
     own = study.texts(study.plan.n_curve_scenarios, held_out=True)
     plain = {g.skeleton_id: r.get("neutral") for g, r in demo.heldout.reply_groups()}
-    neutral = [replace(e, response=plain[e.cluster]) for e in own if plain.get(e.cluster)]
+    own = [e for e in own if plain.get(e.cluster)]
+    if not own:
+        return []
+    neutral = [replace(e, response=str(plain[e.cluster])) for e in own]
     conditions, keys = [], []
     for size in range(len(study.plan.sizes)):
         for control, circuits in _controls(study, size).items():
@@ -166,9 +175,7 @@ def _enhancement(study: CircuitStudy) -> list[dict[str, Any]]:
     ).numpy()  # fmt: skip
     rows = []
     for column, (size, control) in enumerate(keys, 1):
-        share = ratio_interval(
-            whole[: len(neutral)], found[:, column], found[:, 0], [e.cluster for e in neutral], seed=demo.plan.seed
-        )
+        share = ratio_interval(whole, found[:, column], found[:, 0], [e.cluster for e in neutral], seed=demo.plan.seed)
         rows.append({**_size(study, size), "control": control, "action": "enhance", **share})
     return rows
 

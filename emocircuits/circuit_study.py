@@ -16,7 +16,7 @@ from . import artefact
 from .circuits.assemble import Circuit, random_like, top
 from .circuits.heads import attribution, total_effects
 from .circuits.influence import reference, sublayer_influence
-from .circuits.modulation import all_units, circuit_steerer, norm_matched
+from .circuits.modulation import all_units, circuit_steerer, norm_matched, written
 from .circuits.readout import Readout
 from .circuits.units import Units, collect
 from .demo import Demo, evenly
@@ -27,7 +27,8 @@ from .reading import Example, pad
 from .runs import Run
 from .steering.steerer import Steerer
 
-METHODS = ("circuit", "random units", "all units", "norm-matched directions")
+SAME_SITES = "directions, same sites"
+METHODS = ("circuit", "random units", "all units", SAME_SITES)
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class CircuitPlan:
     strengths: tuple[float, ...] = (0.7, 1.4)
     """Doses to try, in units of the emotion's own mean difference."""
     direction_strengths: tuple[float, ...] = (0.15, 0.3)
-    """The same for norm-matched directions, which break the text long before the circuit's norm."""
-    methods: tuple[str, ...] = ("circuit", "random units", "norm-matched directions")
+    """The same for plain directions, which break the text long before they push as far as the circuit does."""
+    methods: tuple[str, ...] = ("circuit", "random units", SAME_SITES)
     n_validation: int = 3
     n_heldout: int = 8
 
@@ -52,9 +53,9 @@ class CircuitPlan:
     def full(cls) -> CircuitPlan:
         """The comparison table on all held-out scenarios with every control; takes most of an hour on two cores."""
         return cls(
-            sizes=(*cls().sizes, (0.5, 0.25)), n_effect_scenarios=5, n_curve_scenarios=8, n_influence_scenarios=20,
-            strengths=(0.5, 0.8, 1.2, 1.8), direction_strengths=(0.1, 0.2, 0.3, 0.5), methods=METHODS,
-            n_validation=8, n_heldout=40,
+            sizes=(*cls().sizes, (0.5, 0.25)), n_effect_scenarios=4, n_curve_scenarios=6, n_influence_scenarios=20,
+            strengths=(0.7, 1.0, 1.4), direction_strengths=(0.1, 0.2, 0.3), methods=METHODS, n_validation=6,
+            n_heldout=40,
         )  # fmt: skip
 
     @classmethod
@@ -186,10 +187,17 @@ class CircuitStudy:
         files = ["circuits.json", *(f"{e}.safetensors" for e in self.demo.plan.emotions)]
         return self.run.stage("circuits", files, make, lambda: json.loads(self.run.file("circuits.json").read_text()))
 
+    def attention_directions(self) -> DirectionSet:
+        """Directions after attention; where attention and MLP are parallel, those after the block."""
+        try:
+            return self.units().attention_directions(self.demo.directions())
+        except HookError:
+            return self.demo.directions()
+
     def influence(self) -> Any:
         """Sublayer influence on neutral prompts, read out with the published kind of reference (five upper layers)."""
         directions = self.demo.directions()
-        sets = {"attn": self.units().attention_directions(directions), "mlp": directions}
+        sets = {"attn": self.attention_directions(), "mlp": directions}
         n = len(directions.layers)
         upper = list(range(round(0.75 * n), max(round(0.93 * n), round(0.75 * n) + 1)))
         texts = [g.text for g in one_valence(self.demo.validation)][: self.plan.n_influence_scenarios]
@@ -215,17 +223,19 @@ class CircuitStudy:
     def steerer(self, method: str, emotion: str, strength: float) -> Steerer:
         """The steerer of one method of the comparison at a multiple of the emotion's own difference."""
         units, circuit = self.units(), self.circuits()[emotion]
-        if method == "norm-matched directions":
+        if method == SAME_SITES:
             model = self.demo.loaded.model
-            directions: dict[str, DirectionSet] = {
-                "attn_out": units.attention_directions(self.demo.directions()), "mlp_out": self.demo.directions()
-            }  # fmt: skip
+            directions = {"attn_out": self.attention_directions(), "mlp_out": self.demo.directions()}
             return norm_matched(circuit, units, model, directions, strength=strength)
         made = {
             "circuit": lambda: circuit,
             "random units": lambda: self.random_circuit(circuit),
             "all units": lambda: all_units(emotion, units),
         }[method]()
+        if method == "random units":  # other units differ less between emotions; push as far as the circuit does
+            model = self.demo.loaded.model
+            own, others = (_norm(written(c, units, model)) for c in (circuit, made))
+            strength *= own / others
         return circuit_steerer(made, units, strength=strength)
 
     def tuning(self, method: str) -> dict[str, Any]:
@@ -235,8 +245,7 @@ class CircuitStudy:
         def make() -> dict[str, Any]:
             base = self.demo.prompts_of(self.demo.validation, self.plan.n_validation)
             rows, steerers = [], []
-            directions = method == "norm-matched directions"
-            for strength in self.plan.direction_strengths if directions else self.plan.strengths:
+            for strength in self.plan.direction_strengths if method == SAME_SITES else self.plan.strengths:
                 for emotion in self.demo.plan.emotions:
                     steerer = self.steerer(method, emotion, strength)
                     rows += [{**r, "emotion": emotion, "layers": [], "strength": strength} for r in base]
@@ -284,5 +293,9 @@ def _per_emotion(effects: Tensor, labels: Sequence[int]) -> Tensor:
     return torch.stack([own[[i for i, lab in enumerate(labels) if lab == e]].mean(0) for e in range(n)])
 
 
+def _norm(pushes: dict[str, Tensor]) -> float:
+    return float(torch.cat([p.flatten() for p in pushes.values()]).norm())
+
+
 def _slug(method: str) -> str:
-    return method.replace(" ", "_").replace("-", "_")
+    return method.replace(",", "").replace(" ", "_")

@@ -61,7 +61,7 @@ def circuits(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) -
         for action in ("keep", "ablate", "enhance")
     ]  # fmt: skip
     base = evaluation(rng, emotions)["methods"]
-    names = {"circuit": "steered", "random units": "random", "norm-matched directions": "random",
+    names = {"circuit": "steered", "random units": "random", "directions, same sites": "random",
              "direction steering": "steered", "prompting": "prompted", "random direction": "random"}  # fmt: skip
     gaps = [
         {"a": "circuit", "b": b, "what": "coherent", "difference": interval(0.2), "p": 0.001} for b in list(names)[1:]
@@ -74,7 +74,7 @@ def circuits(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) -
     }
     return {
         "circuits": found,
-        "curves": {"rows": rows, "areas": {"circuit, keep": 0.4}, "n_texts": 24, "readout": "projection"},
+        "curves": {"rows": rows, "areas": {"circuit, keep": 0.4}, "n_texts": 24, "readout": "projection", "chosen": 2},
         "evaluation": compared,
     }
 

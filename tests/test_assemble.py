@@ -14,7 +14,7 @@ from test_circuits import EMOTIONS, padded, texts
 from test_reading import Words
 
 from emocircuits.activations import capture
-from emocircuits.circuits.assemble import Circuit, allocate, greedy, overlap, random_like, top
+from emocircuits.circuits.assemble import Circuit, allocate, by_counts, greedy, overlap, random_like, top
 from emocircuits.circuits.modulation import all_units, circuit_steerer, norm_matched, written
 from emocircuits.circuits.units import Units, collect
 from emocircuits.circuits.validate import area, normalised, ratio_interval
@@ -67,6 +67,14 @@ def test_allocation_follows_the_layers(order: list[int]) -> None:
     assert allocate(influence[order].tolist(), 100, 50, floor=2) == [plain[i] for i in order]
 
 
+def test_the_rest_is_rounded_down_capped_and_filled_by_remainder() -> None:
+    assert allocate([1, 1, 1], 10, 10) == [4, 3, 3], "largest remainder, first layer on ties"
+    assert allocate([2.6, 2.6, 4.8], 10, 10) == [3, 3, 4], "rounding would spend 11"
+    assert allocate([100, 1, 1, 1], 10, 10) == [4, 2, 2, 2], "no layer gets more than 40 %"
+    assert allocate([1, 3], 3, 10, floor=2) == [1, 2], "floors that exceed the budget become one"
+    assert allocate([9, 1, 1], 12, 5, cap_share=1.0) == [5, 4, 3], "what a layer cannot hold goes to the others"
+
+
 def test_without_influence_every_layer_gets_the_same() -> None:
     assert allocate([0, -1, 0, 0], 40, 20) == [10, 10, 10, 10]
 
@@ -109,6 +117,26 @@ def test_greedy_takes_what_helps_and_stops() -> None:
     found = greedy(pool, measure, 6)
     assert set(found.heads + found.neurons) == good
     assert found.rule == "greedy"
+
+
+def test_a_control_borrows_from_the_next_layer_before_it_takes_members() -> None:
+    heads = torch.zeros(3, 4)
+    heads[1] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    circuit = top("anger", heads, torch.zeros(3, 5), 4, 0)
+    control = random_like(circuit, {"heads": 4, "neurons": 5}, 3, seed=1)
+    assert len(set(control.heads)) == 4
+    assert not set(control.heads) & set(circuit.heads)
+    everything = top("anger", torch.ones(3, 4), torch.zeros(3, 5), 12, 0)
+    assert set(random_like(everything, {"heads": 4, "neurons": 5}, 3).heads) == set(everything.heads)
+
+
+def test_quotas_refuse_what_is_not_there_and_skip_nan() -> None:
+    heads = torch.tensor([[1.0, 2.0, torch.nan]])
+    found = by_counts("anger", heads, torch.zeros(1, 2), {"heads": [1], "neurons": [0]})
+    assert found.heads == ((0, 1),)
+    assert found.rule == "quota"
+    with pytest.raises(InputError, match="5 heads were asked for in layer 0"):
+        by_counts("anger", heads, torch.zeros(1, 2), {"heads": [5], "neurons": [0]})
 
 
 @pytest.mark.parametrize("matched", [True, False])

@@ -89,6 +89,27 @@ def test_gradients_rank_planted_neurons_first(found) -> None:
         assert divmod(int(own.argmax()), organisms.D_MLP) == organism.neurons[e], emotion
 
 
+def test_gradients_rank_all_planted_neurons_above_all_others(found) -> None:
+    organism, _, _, behaviour = found
+    inputs, labels = batch(organism)
+    effects = neuron_attribution(organism.model, inputs, behaviour)
+    own = mean_own(effects, labels)
+    truth = np.zeros(own.shape, dtype=bool)
+    for unit in organism.neurons:
+        truth[unit] = True
+    assert auroc(own.flatten().numpy(), truth.flatten()) == 1.0
+
+
+def test_readouts_may_name_the_emotions_in_another_order(found) -> None:
+    organism, _, units, behaviour = found
+    turned = Readout.of_words(organism.model, organism.tokenizer, {e: [f"={e}"] for e in organisms.EMOTIONS[::-1]})
+    values = [scores(organism.model, organism.tokenizer, texts(4), r, units, []) for r in (behaviour, turned)]
+    torch.testing.assert_close(values[0], values[1])
+    two = Readout.of_words(organism.model, organism.tokenizer, {e: [f"={e}"] for e in organisms.EMOTIONS[:2]})
+    with pytest.raises(InputError, match="same emotions"):
+        scores(organism.model, organism.tokenizer, texts(4), two, units, [])
+
+
 def test_contrastive_scores_find_the_neurons_that_write_the_direction(found) -> None:
     organism, _, units, _ = found
     for e in range(3):

@@ -114,7 +114,7 @@ class Checkpoint:
             module = self.module.get_submodule(self.anatomy.attention[layer])
             stack.enter_context(_returning(module, self._attention_form[layer], attention))
             last = self.anatomy.n_layers - 1 if site == "final_norm" else at
-            if not self.cached:
+            if not self.cached and site != "mlp_post":
                 stack.enter_context(self._last_only(last, given))
             return next(iter(capture(self.module, given, site, at).values()))
 

@@ -134,14 +134,19 @@ def _fill(counts: np.ndarray, missing: int, order: np.ndarray, limit: np.ndarray
 def by_counts(
     emotion: str, head_scores: Tensor, neuron_scores: Tensor, counts: Mapping[str, Sequence[int]], **made: Any
 ) -> Circuit:
-    """The best counts[kind][layer] units of each layer by signed score [L, width] (published: also negative ones)."""
+    """The best counts[kind][layer] units of each layer by signed score [L, width] (published: also negative ones).
+
+    NaN ranks last. Raises InputError when a layer has fewer units.
+    """
     picked: dict[str, Any] = {"emotion": emotion}
     for kind, scores in (("heads", head_scores), ("neurons", neuron_scores)):
         units: list[Unit] = []
         for layer, k in enumerate(counts[kind]):
-            units += [(layer, int(u)) for u in scores[layer].topk(k).indices]
+            if k > scores.shape[1]:
+                raise InputError(f"{k} {kind} were asked for in layer {layer}, which has {scores.shape[1]}")
+            units += [(layer, int(u)) for u in scores[layer].nan_to_num(-torch.inf).topk(k).indices]
         picked |= _members(kind, units, scores)
-    return Circuit(**picked, **made)
+    return Circuit(**picked, rule="quota", **made)
 
 
 def top(
@@ -211,7 +216,8 @@ def random_like(
     """A control with as many units of each kind that are no members: same counts per layer, or anywhere.
 
     sizes: kind -> [n_layers, width] activation sizes; then each member is replaced by one of the layer's units nearest
-    to it in size. Where too few non-members exist, members fill up. Scores are NaN.
+    to it in size. A layer that is short of non-members borrows from the nearest layer that is not; members come in
+    only when no other unit is left. Scores are NaN.
     """
     rng = np.random.default_rng(seed)
     parts: dict[str, Any] = {}
@@ -231,14 +237,17 @@ def _matched(
         pool = np.argwhere(~taken)
         pool = pool if len(pool) >= len(members) else np.argwhere(taken | True)
         return [(int(a), int(b)) for a, b in rng.permutation(pool)[: len(members)]]
+    free = {layer: rng.permutation(np.flatnonzero(~row)).tolist() for layer, row in enumerate(taken)}
+    spare = {layer: rng.permutation(np.flatnonzero(row)).tolist() for layer, row in enumerate(taken)}
     out: list[Unit] = []
-    for layer in sorted({layer for layer, _ in members}):
-        mine = [u for at, u in members if at == layer]
-        free = rng.permutation(np.flatnonzero(~taken[layer])).tolist()
-        free += rng.permutation(mine).tolist() if len(free) < len(mine) else []
-        for unit in mine:
-            pick = 0 if sizes is None else int(np.argmin([abs(sizes[layer, f] - sizes[layer, unit]) for f in free]))
-            out.append((layer, int(free.pop(pick))))
+    for layer, unit in sorted(members):
+        near = sorted(free, key=lambda other, at=layer: abs(other - at))
+        at = next((other for other in near if free[other]), None)
+        source, at = (free, at) if at is not None else (spare, layer)
+        pick = 0
+        if sizes is not None:
+            pick = int(np.argmin([abs(sizes[at, other] - sizes[layer, unit]) for other in source[at]]))
+        out.append((at, int(source[at].pop(pick))))
     return out
 
 

@@ -53,6 +53,8 @@ def total_effects(
         raise InputError("ablation by mean needs `baseline`, for example units.baseline('z')")
     anatomy = resolve(model)
     start = Checkpoint(model, inputs, cached=positions == "last")
+    if mode == "resample" and start.batch < 2:
+        raise InputError("ablation by resampling needs at least two rows, to take values from another one")
     clean = readout(start.read(readout.site, readout.layer))
     wanted = list(range(anatomy.n_layers)) if layers is None else list(layers)
     out = torch.full((start.batch, anatomy.n_layers, anatomy.n_heads, len(readout.emotions)), torch.nan)
@@ -87,7 +89,7 @@ def _removed(side: Any, z: Tensor, rest: Tensor | None, source: Tensor, heads: T
 
 
 def _other_rows(batch: int, seed: int) -> Tensor:
-    """A permutation of the rows without fixed points (for one row: itself)."""
+    """A permutation of the rows without fixed points."""
     order = torch.randperm(batch, generator=torch.Generator().manual_seed(seed))
     out = torch.empty_like(order)
     out[order] = order.roll(1)

@@ -45,11 +45,13 @@ class Influence:
 def reference(sets: Sequence[DirectionSet], layers: Sequence[int]) -> Tensor:
     """[E, d_model] unit reference: sum of sign-aligned unit directions of these sets at these layers.
 
-    Raises InputError for sets of different emotions.
+    Raises InputError for sets of different emotions, or for zero directions.
     """
     if len({s.emotions for s in sets}) != 1:
         raise InputError("the reference needs direction sets of the same emotions")
     stack = torch.cat([s.units[:, s.slots(list(layers))] for s in sets], dim=1)  # [E, n, d]
+    if not bool((stack.norm(dim=-1) > 0).all()):
+        raise InputError("a direction of the reference is zero; leave out sites that the model does not have")
     sign = torch.sign((stack * stack[:, :1]).sum(-1, keepdim=True))
     return torch.nn.functional.normalize((stack * sign).sum(1), dim=-1)
 

@@ -24,6 +24,10 @@ class Readout:
     weights: Tensor
     what: str
 
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise InputError(f"a readout needs the layer's number counted from 0, got {self.layer}")
+
     def __call__(self, activation: Tensor) -> Tensor:
         """[R, E] for activations [R, width]."""
         return activation.float() @ self.weights.to(activation.device).T

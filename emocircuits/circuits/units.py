@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import artefact
 from ..activations import capture
 from ..directions import DirectionSet
-from ..errors import InputError
+from ..errors import HookError, InputError
 from ..models.anatomy import resolve, unwrap
 from ..models.fingerprint import fingerprint
 from ..reading import Batch, Example, reading_batches
@@ -87,7 +87,12 @@ class Units:
         return means - means.mean(0, keepdim=True)
 
     def attention_directions(self, like: DirectionSet) -> DirectionSet:
-        """Difference-of-means directions of the residual after attention, from the same pass as everything here."""
+        """Difference-of-means directions of the residual after attention, from the same pass as everything here.
+
+        Raises HookError for a model whose attention and MLP read the same residual, which has no such place.
+        """
+        if not bool(self.resid_mid.any()):
+            raise HookError("attention and MLP are parallel in this model: there is no residual between them")
         means = self.deltas("resid_mid")
         return replace(
             like, site="resid_mid", vectors=means, center=self.mean("resid_mid").mean(0), method="diff_means"
@@ -139,7 +144,7 @@ def collect(
 
     Only complete groups count (every emotion present), as for directions. norm: "pre" scores heads by what they add to
     the residual stream; "post" behind the MLP's input norm, as published. Raises InputError for incomplete data and
-    HookError for a model without per-head z or without down_proj modules.
+    HookError for a model without per-head z or down_proj modules, or without that norm.
     """
     kept = _complete(examples, directions.emotions)
     tally = _Tally(model, directions, sorted({e.theme for e in kept}), norm)
@@ -171,6 +176,8 @@ class _Tally:
         self.model, self.anatomy, self.norm = unwrap(model), resolve(model), norm
         if directions.layers != tuple(range(self.anatomy.n_layers)) or norm not in ("pre", "post"):
             raise InputError("circuits need directions at every layer, and norm 'pre' or 'post'")
+        if norm == "post" and self.anatomy.structure not in ("pre-norm", "sandwich"):
+            raise HookError(f"no norm stands between attention and MLP in this {self.anatomy.structure} model")
         self.directions, self.folds = directions, folds
         device = next(self.model.parameters()).device
         self.units = directions.units.to(device)
@@ -289,5 +296,7 @@ def head_effects(
     y = side.written(z.flatten(1)) if y is None else y
     lost = side.added(y)[:, None] - side.added(y[:, None] - writes) if side.norm is not None else writes
     if reader is not None and resid is not None:
-        lost = reader.forward(resid)[:, None] - reader.forward(resid[:, None] - lost)
+        dtype = next(reader.parameters()).dtype
+        with_head, without = (reader.forward(x.to(dtype)).float() for x in (resid[:, None], resid[:, None] - lost))
+        lost = with_head - without
     return lost @ directions.to(lost).T

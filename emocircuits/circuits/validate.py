@@ -65,9 +65,14 @@ def scores(
 ) -> Tensor:
     """[n_examples, 1 + n_conditions] emotion score of each text: untouched first, then under each condition.
 
-    The score is the readout of the text's own emotion less the mean of the others'. Raises InputError for texts of
-    emotions that the units do not have.
+    The score is the readout of the text's own emotion less the mean of the others'. Raises InputError when texts,
+    readout and units are not about the same emotions.
     """
+    if set(readout.emotions) != set(units.emotions):
+        raise InputError(
+            f"the readout is about {', '.join(readout.emotions)}, the units about {', '.join(units.emotions)};"
+            " both must have the same emotions"
+        )
     for example in examples:
         if example.label not in units.emotions:
             raise unknown("emotion", example.label, units.emotions)
@@ -89,7 +94,8 @@ def scores(
         else:
             found = capture(model, inputs, readout.site, readout.layer)
         values = readout(next(iter(found.values()))).cpu()
-        own = values[torch.arange(len(part)), torch.tensor(labels)]
+        column = torch.tensor([readout.emotions.index(examples[i].label) for i, _ in part])
+        own = values[torch.arange(len(part)), column]
         contrast = own - (values.sum(1) - own) / (values.shape[1] - 1)
         for (i, c), value in zip(part, contrast):
             out[i, c] = value

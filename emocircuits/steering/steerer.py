@@ -27,7 +27,7 @@ class Term:
     """One addend of a steerer: `vectors` [n_layers, d_model] (or per row [B, n_layers, d_model]) at strength 1.
 
     Vectors are absolute (a unit direction times the mean residual norm of its layer), so a strength of 0.1 moves
-    the residual by a tenth of its norm on every model. `strength` is a number, or one per row.
+    the residual by a tenth of its norm on every model. Rows of a batch differ by their vectors (`Steerer.rows`).
     """
 
     site: str
