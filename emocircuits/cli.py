@@ -77,7 +77,7 @@ def _circuit_parser(verbs: argparse._SubParsersAction) -> None:
     circuit.add_argument("--model", default="demo", help="hub id, folder, GGUF file or 'demo' (Gemma-3-270M)")
     circuit.add_argument("--out", type=Path, default=Path("runs/circuits"), help="run folder; a demo run is continued")
     circuit.add_argument("--seed", type=int, default=0)
-    circuit.add_argument("--full", action="store_true", help="all scenarios, doses and controls; most of an hour")
+    circuit.add_argument("--full", action="store_true", help="all scenarios, doses and controls; about half an hour")
     circuit.add_argument(
         "--scenarios", type=Path, help="SEV file (JSONL) to steer on instead of our held-out scenarios"
     )
