@@ -20,10 +20,10 @@ from rich.table import Table as RichTable
 
 CASES = {
     "capture": "capture_case",
+    "circuits": "circuit_case",
     "steering": "steering_case",
     "import": "imports_case",
     "reading": "reading_case",
-    "circuits": "circuit_case",
 }
 RESULTS = Path(__file__).parent / "results"
 NOTE = (
@@ -39,19 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet()
     about, tables, started = machine(), [], time.perf_counter()
+    about["repetitions"] = 2 if options.quick else options.repetitions
+    folder = options.out or (None if options.quick or options.only else RESULTS)
     for name in options.only or CASES:
         case: Callable[[int], list[Table]] = import_module(CASES[name]).run
         for table in case(2 if options.quick else options.repetitions):
             console.print(_printed(table))
             tables.append(table)
-    about["load_average_at_end"] = round(os.getloadavg()[0], 2)
-    about["repetitions"] = 2 if options.quick else options.repetitions
+        about["load_average_at_end"] = round(os.getloadavg()[0], 2)
+        if folder is not None:  # after every case, so that an interrupted run keeps what it has
+            _write(folder, about, tables)
     console.print(f"{_verdict(tables)}; the run took {(time.perf_counter() - started) / 60:.1f} minutes")
-    folder = options.out or (None if options.quick or options.only else RESULTS)
     if folder is None:
         console.print("a partial run: nothing was written (give --out FOLDER to keep it)")
-    else:
-        _write(folder, about, tables)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
