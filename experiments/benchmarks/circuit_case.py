@@ -141,12 +141,12 @@ def _hooked(ids: Tensor, weights: Tensor) -> Way:
         _, cache = lens.run_with_cache(ids, names_filter=lambda name: name in names)
         seen: list[Tensor] = []
         keep = ("ln_final.hook_normalized", lambda x, hook: seen.append((x[:, -1] * final) @ weights.T))
-        lens.run_with_hooks(ids, fwd_hooks=[keep], stop_at_layer=None)
+        lens.run_with_hooks(ids, fwd_hooks=[keep], return_type=None)  # no unembedding, as in ours
         out = torch.zeros(1, n_layers, n_heads, 6)
         for layer in range(n_layers):
             rows = cache[names[layer]].expand(n_heads, -1, -1)
             cut = (f"blocks.{layer}.attn.hook_z", lambda z, hook: _without_own_head(z, n_heads))
-            lens.run_with_hooks(rows, start_at_layer=layer, fwd_hooks=[cut, keep])
+            lens.run_with_hooks(rows, start_at_layer=layer, fwd_hooks=[cut, keep], return_type=None)
             out[0, layer] = seen[0] - seen[-1]
         return out
 
