@@ -48,7 +48,9 @@ def _direct(repetitions: int) -> Table:
     timing = interleaved(ways, repetitions)
     column = "time, x capture pass"
     lines = [Line(n, {column: timing.ratio(n, CAPTURE, 1.3 if n == DIRECT else None)}) for n in ways]
-    few = examples[: len(examples) // 3]
+    # The longest prompts, so that the largest batch is the same in both.
+    few = sorted(examples, key=lambda e: len(e.prompt) + len(e.continuation))[-len(examples) // 3 :]
+    few = [e for e in examples if e.group in {f.group for f in few}]
     held = [
         memory_of(lambda e=e: collect(model, tokenizer, e, directions, position="last_prompt", batch_size=4))
         for e in (few, examples)
