@@ -112,9 +112,8 @@ def curves(study: CircuitStudy) -> dict[str, Any]:
                 if control in ("circuit", "layer-matched random") or action == "ablate":
                     conditions.append(Condition(f"{control} {action}", circuits, action))
                     keys.append((size, control, action))
-        for baseline in ("resample",):
-            conditions.append(Condition("resample", study.circuits(size), "keep", baseline))
-            keys.append((size, "circuit (resample)", "keep"))
+        conditions.append(Condition("resample", study.circuits(size), "keep", "resample"))
+        keys.append((size, "circuit (resample)", "keep"))
     texts = study.texts(study.plan.n_curve_scenarios, held_out=True)
     found = scores(
         model, tokenizer, texts, readout, units, conditions, seed=demo.plan.seed, progress=demo.progress,

@@ -72,6 +72,7 @@ class CircuitStudy:
 
     def __init__(self, demo: Demo, plan: CircuitPlan | None = None) -> None:
         self.demo, self.plan = demo, plan or CircuitPlan()
+        self._units: Units | None = None
         settings = asdict(self.plan) | {"demo": asdict(demo.plan)}
         self.run = Run(demo.run.path / "circuits", settings)
 
@@ -104,7 +105,9 @@ class CircuitStudy:
             found.save(self.run.file("units.safetensors"))
 
         file = "units.safetensors"
-        return self.run.stage("units", [file], make, lambda: Units.load(self.run.file(file)))
+        if self._units is None:
+            self._units = self.run.stage("units", [file], make, lambda: Units.load(self.run.file(file)))
+        return self._units
 
     def readout(self) -> Readout:
         """The emotion score: projection on the directions at their best layer."""
@@ -265,7 +268,8 @@ class CircuitStudy:
             chosen = self.tuning(method)["chosen"]
             base = self._heldout_prompts()
             rows = [{**r, "method": method, "emotion": e} for e in self.demo.plan.emotions for r in base]
-            steerers = [self.steerer(method, e, chosen[e]) for e in self.demo.plan.emotions for _ in base]
+            made = {e: self.steerer(method, e, chosen[e]) for e in self.demo.plan.emotions}
+            steerers = [made[row["emotion"]] for row in rows]
             artefact.write_jsonl_atomic(self.run.file(file), self.demo.scored(rows, steerers, method))
 
         return self.run.stage(f"texts.{method}", [file], make, lambda: artefact.read_jsonl(self.run.file(file)))

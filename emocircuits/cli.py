@@ -31,13 +31,17 @@ def _verb(verbs: argparse._SubParsersAction, name: str, what: str, example: str)
     return verbs.add_parser(name, help=what, description=what, epilog=f"example: {example}")
 
 
+def _run_arguments(verb: argparse.ArgumentParser, out: str, resumes: str) -> None:
+    verb.add_argument("--model", default="demo", help="hub id, folder, GGUF file or 'demo' (Gemma-3-270M)")
+    verb.add_argument("--out", type=Path, default=Path(out), help=f"run folder; {resumes}")
+    verb.add_argument("--seed", type=int, default=0)
+
+
 def _demo_parser(verbs: argparse._SubParsersAction) -> None:
     demo = _verb(
         verbs, "demo", "find directions, steer and score, and write a report", "emocircuits demo --out runs/demo"
     )
-    demo.add_argument("--model", default="demo", help="hub id, folder, GGUF file or 'demo' (Gemma-3-270M)")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run folder; an interrupted run resumes")
-    demo.add_argument("--seed", type=int, default=0)
+    _run_arguments(demo, "runs/demo", "an interrupted run resumes")
     demo.add_argument("--small", action="store_true", help="a few scenarios only: a quick look, not a result")
     demo.set_defaults(run=run_demo)
 
@@ -74,9 +78,7 @@ def _circuit_parser(verbs: argparse._SubParsersAction) -> None:
         "find emotion circuits, validate them and compare them with directions and prompting",
         "emocircuits circuit --out runs/circuits --full",
     )
-    circuit.add_argument("--model", default="demo", help="hub id, folder, GGUF file or 'demo' (Gemma-3-270M)")
-    circuit.add_argument("--out", type=Path, default=Path("runs/circuits"), help="run folder; a demo run is continued")
-    circuit.add_argument("--seed", type=int, default=0)
+    _run_arguments(circuit, "runs/circuits", "a demo run is continued")
     circuit.add_argument("--full", action="store_true", help="all scenarios, doses and controls; about half an hour")
     circuit.add_argument(
         "--scenarios", type=Path, help="SEV file (JSONL) to steer on instead of our held-out scenarios"

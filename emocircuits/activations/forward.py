@@ -178,6 +178,12 @@ def _attended(mask: Any) -> Tensor | None:
     return mask[:, 0].bool().any(1)
 
 
+def last_real(mask: Tensor | None, like: Tensor) -> Tensor:
+    """[B] column of the last real token of each row of `like` [B, T, ...]; mask [B, T] or None."""
+    columns = torch.arange(like.shape[1], device=like.device).expand(like.shape[:2])
+    return (columns if mask is None else torch.where(mask.to(like.device).bool(), columns, -1)).max(-1).values
+
+
 def hidden_of(value: Any) -> Tensor:
     """The hidden-state tensor of a module's output: itself, or the first of a tuple (never row 0 of a batch)."""
     return value if isinstance(value, Tensor) else value[0]

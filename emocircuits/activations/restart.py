@@ -134,9 +134,7 @@ class Checkpoint:
         def trimmed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if x.dim() != 3:
                 return real(mlp, x, *args, **kwargs)
-            columns = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-            last = (columns if mask is None else torch.where(mask.bool(), columns, -1)).max(-1).values
-            index = last[:, None, None].expand(-1, 1, x.shape[-1])
+            index = fw.last_real(mask, x)[:, None, None].expand(-1, 1, x.shape[-1])
             out = real(mlp, x.gather(1, index), *args, **kwargs)
             if not isinstance(out, Tensor):
                 return real(mlp, x, *args, **kwargs)

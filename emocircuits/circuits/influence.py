@@ -17,6 +17,7 @@ from torch import Tensor
 from ..activations import capture
 from ..activations.edit import edit
 from ..activations.edits import Add
+from ..activations.forward import last_real
 from ..directions import DirectionSet
 from ..errors import InputError
 from .gradients import gradients
@@ -95,15 +96,10 @@ def _by_gradient(model: Any, inputs: Mapping[str, Any], readout: Readout, site: 
     mask = inputs.get("attention_mask")
     out = torch.zeros(local.shape[:2])
     for layer, (value, grad) in enumerate(gradients(model, inputs, readout, site)):
-        rows = torch.arange(len(value))
-        last = torch.full_like(rows, value.shape[1] - 1) if mask is None else _last_real(mask)
+        rows, last = torch.arange(len(value)), last_real(mask, value)
         own = torch.stack([grad[e, rows, last] @ local[e, layer].to(value) for e in range(len(local))])
         out[:, layer] = own.sum(1).cpu()
     return out
-
-
-def _last_real(mask: Tensor) -> Tensor:
-    return torch.where(mask.bool(), torch.arange(mask.shape[1], device=mask.device), -1).max(-1).values
 
 
 @torch.no_grad()

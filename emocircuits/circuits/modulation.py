@@ -35,15 +35,20 @@ def circuit_steerer(circuit: Circuit, units: Units, *, strength: float = 1.0, co
         raise unknown("emotion", circuit.emotion, units.emotions)
     if not len(circuit):
         raise InputError(f"the circuit for {circuit.emotion!r} has no members, so there is nothing to steer with")
+    z, a = _differences(circuit, units)
+    made = {"rule": circuit.rule, "heads": len(circuit.heads), "neurons": len(circuit.neurons), "compat": compat}
+    terms = _terms(z, "z", strength, "all", units.z.shape[3])
+    terms += _terms(a, "mlp_post", strength, "all" if compat == "fixed" else "last", None)
+    return Steerer(terms, f"{circuit.emotion} circuit", units.fingerprint, None, made)
+
+
+def _differences(circuit: Circuit, units: Units) -> tuple[Tensor, Tensor]:
+    """The emotion's mean difference on the members, zero elsewhere: z [L, heads * head_dim] and mlp_post [L, d_mlp]."""
     e = units.emotions.index(circuit.emotion)
     z, a = units.deltas("z")[e], units.deltas("mlp_post")[e]
     n_layers, n_heads = z.shape[:2]
-    z = (z * circuit.mask("heads", n_layers, n_heads)[..., None]).flatten(1)
-    a = a * circuit.mask("neurons", n_layers, a.shape[1])
-    made = {"rule": circuit.rule, "heads": len(circuit.heads), "neurons": len(circuit.neurons), "compat": compat}
-    terms = _terms(z, "z", strength, "all", n_heads)
-    terms += _terms(a, "mlp_post", strength, "all" if compat == "fixed" else "last", None)
-    return Steerer(terms, f"{circuit.emotion} circuit", units.fingerprint, None, made)
+    heads = circuit.mask("heads", n_layers, n_heads)[..., None]
+    return (z * heads).flatten(1), a * circuit.mask("neurons", n_layers, a.shape[1])
 
 
 def _terms(vectors: Tensor, site: str, strength: float, positions: str, heads: int | None) -> tuple[Term, ...]:
@@ -67,16 +72,12 @@ def written(circuit: Circuit, units: Units, model: Any) -> dict[str, Tensor]:
 
     Exact without a norm after the sublayer; with one, for the mean scale of that norm.
     """
-    e = units.emotions.index(circuit.emotion)
-    z, a = units.deltas("z")[e], units.deltas("mlp_post")[e]
-    n_layers, n_heads = z.shape[:2]
-    z = (z * circuit.mask("heads", n_layers, n_heads)[..., None]).flatten(1)
-    a = a * circuit.mask("neurons", n_layers, a.shape[1])
+    z, a = _differences(circuit, units)
     out: dict[str, Tensor] = {}
     for name, x, side_of, scale in (
         ("attn_out", z, attention_side, units.attn_scale), ("mlp_out", a, mlp_side, units.mlp_scale)
     ):  # fmt: skip
-        sides = [side_of(model, layer).weight.float().cpu() for layer in range(n_layers)]
+        sides = [side_of(model, layer).weight.float().cpu() for layer in range(len(x))]
         out[name] = torch.stack([w @ v for w, v in zip(sides, x)]) * scale
     return out
 

@@ -19,7 +19,6 @@ from ..activations.edit import edit
 from ..activations.edits import Add, Blend, Edit
 from ..data.prompts import encode_prompt
 from ..errors import InputError, unknown
-from ..models.anatomy import resolve
 from ..reading import Example, pad
 from .assemble import Circuit
 from .readout import Readout
@@ -79,13 +78,15 @@ def scores(
     order = sorted(range(len(examples)), key=lambda i: len(_text(examples[i])))
     jobs = [(i, c) for i in order for c in range(len(conditions) + 1)]
     masks = [_masks(c, units) for c in conditions]
+    means = {site: units.baseline(site) for site in ("z", "mlp_post")}
+    deltas = {site: units.deltas(site) for site in means}
     out = torch.zeros(len(examples), len(conditions) + 1)
     task = progress.add_task(title, total=len(jobs)) if progress else None
     for start in range(0, len(jobs), rows):
         part = jobs[start : start + rows]
         ids, mask = pad([encode_prompt(tokenizer, _text(examples[i])) for i, _ in part], "right", 0)
         labels = [units.emotions.index(examples[i].label) for i, _ in part]
-        edits = list(_edits(part, labels, conditions, masks, units, resolve(model).n_layers, seed))
+        edits = list(_edits(part, labels, conditions, masks, units, means, deltas, seed))
         device = next(model.parameters()).device if hasattr(model, "parameters") else ids.device
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         if edits:
@@ -123,13 +124,12 @@ def _masks(condition: Condition, units: Units) -> tuple[Tensor, Tensor]:
 
 def _edits(
     part: Sequence[tuple[int, int]], labels: Sequence[int], conditions: Sequence[Condition],
-    masks: Sequence[tuple[Tensor, Tensor]], units: Units, n_layers: int, seed: int,
+    masks: Sequence[tuple[Tensor, Tensor]], units: Units,
+    means: Mapping[str, Tensor], deltas: Mapping[str, Tensor], seed: int,
 ) -> Iterator[Edit]:  # fmt: skip
     """Per-row edits of one batch: at z and mlp_post of every layer, what each row's condition asks for."""
-    deltas = {"z": units.deltas("z"), "mlp_post": units.deltas("mlp_post")}
-    means = {"z": units.baseline("z"), "mlp_post": units.baseline("mlp_post")}
-    for kind, site in enumerate(("z", "mlp_post")):
-        for layer in range(n_layers):
+    for kind, site in enumerate(means):
+        for layer in range(len(means[site])):
             shape = means[site][layer].shape
             keep = torch.ones(len(part), *shape[:1], *((1,) if site == "z" else ()))
             value, push = torch.zeros(len(part), *shape), torch.zeros(len(part), *shape)
