@@ -35,6 +35,7 @@ def _verdict(curves: Data | None, evaluation: Data | None) -> str:
             for control in ("circuit", "layer-matched random") for action in ("keep", "ablate")
         }  # fmt: skip
         size = rows["circuit", "keep"]
+        attributed = _at(curves, "circuit by attribution", "ablate")
         if size and all(rows.values()):
             shown = {key: interval(row) for key, row in rows.items()}
             said.append(
@@ -44,6 +45,11 @@ def _verdict(curves: Data | None, evaluation: Data | None) -> str:
                 f"they are needed. With nothing else intact it is {shown['circuit', 'keep']}, with random units "
                 f"{shown['layer-matched random', 'keep']}: that says how far they suffice."
             )
+            if attributed:
+                said.append(
+                    f"Without as many units chosen by attribution to that score instead it is {interval(attributed)}. "
+                    "Units that are needed for a score and units that move the text are not the same."
+                )
     if evaluation:
         pairs = {c["b"]: c["difference"] for c in evaluation["comparisons"]}
         said += [
@@ -96,8 +102,8 @@ def _comparison(evaluation: Data) -> str:
     caption = (
         "Every method at its best strength on held-out scenarios, compared where both were run. Random units: as many "
         "other heads and neurons of the same layers, their own differences scaled to push as far as the circuit does "
-        "(one draw). Directions, same sites: plain directions at the circuit's sublayers, their norms in the circuit's "
-        "proportions."
+        "(three draws taking turns). Directions, same sites: plain directions at the circuit's sublayers, their norms "
+        "in the circuit's proportions."
     )
     return table(caption, head, rows, strong="circuit")
 

@@ -14,6 +14,8 @@ Row = Mapping[str, Any]
 CONTROL_STYLES = {
     "circuit": ("#6B4FD8", "solid"),
     "circuit (resample)": ("#6B4FD8", "dot"),
+    "circuit by attribution": ("#009E73", "solid"),
+    "circuit by attribution, random": ("#9FC7B8", "dot"),
     "layer-matched random": ("#8A8F98", "solid"),
     "size-matched random": ("#8A8F98", "dash"),
     "another emotion's": ("#E69F00", "solid"),
@@ -33,7 +35,7 @@ def head_map(values: Matrix, title: str = "effect") -> go.Figure:
 
 def neuron_ranks(scores: Sequence[Sequence[float]], ranks: Sequence[int], emotions: Sequence[str]) -> go.Figure:
     """Score of the k-th best neuron over k, both on log axes: how concentrated the emotion is."""
-    fig = figure("rank of the neuron", "contribution along the direction", 380)
+    fig = figure("rank of the neuron", "contribution along the direction, share of the residual norm", 380)
     for emotion, row in zip(emotions, scores):
         y = [v if (v := number(s)) is not None and v > 0 else None for s in row]
         line = {"color": emotion_color(emotion), "width": 2}

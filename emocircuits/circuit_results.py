@@ -17,13 +17,16 @@ from .evaluation import scoring
 if TYPE_CHECKING:
     from .circuit_study import CircuitStudy
 
+ATTRIBUTED = "circuit by attribution"
+KEPT = ("circuit", "layer-matched random", ATTRIBUTED)
+"""What is also tested alone, with everything else at its mean."""
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 def discovered(study: CircuitStudy) -> dict[str, Any]:
     """The content of circuits.json."""
     units, effects, influence = study.units(), study.effects(), study.influence()
-    heads, neurons = units.heads(), units.neurons()
+    heads, neurons = study.scores()
     circuits = study.circuits()
     ranked = neurons.flatten(1).sort(-1, descending=True).values
     ranks = [k for k in RANKS if k <= ranked.shape[1]]
@@ -37,6 +40,7 @@ def discovered(study: CircuitStudy) -> dict[str, Any]:
             "agreement": {
                 "direct vs total": _correlation(heads, effects["exact"]),
                 "gradient vs total": _correlation(effects["gradient"], effects["exact"]),
+                "neurons, direct vs gradient": _correlation(neurons, effects["neurons"]),
             },
         },
         "neurons": {
@@ -84,12 +88,11 @@ def _stability(study: CircuitStudy) -> dict[str, Any]:
     halves = [units.folds[0::2], units.folds[1::2]]
     if not all(halves):
         return {"heads": None, "neurons": None, "reason": "one theme only"}
+    halved = [study.scores(folds=half) for half in halves]
     found: dict[str, list[float]] = {"heads": [], "neurons": []}
     for i, (emotion, circuit) in enumerate(circuits.items()):
-        a, b = (
-            top(emotion, units.heads(folds=h)[i], units.neurons(folds=h)[i], len(circuit.heads), len(circuit.neurons))
-            for h in halves
-        )
+        size = len(circuit.heads), len(circuit.neurons)
+        a, b = (top(emotion, heads[i], neurons[i], *size) for heads, neurons in halved)
         for kind, n in (("heads", units.heads()[0].numel()), ("neurons", units.neurons()[0].numel())):
             found[kind].append(overlap(a, b, kind, n)["excess"])
     return {k: scoring.number(np.mean(v)) for k, v in found.items()}
@@ -98,6 +101,7 @@ def _stability(study: CircuitStudy) -> dict[str, Any]:
 def curves(study: CircuitStudy) -> dict[str, Any]:
     """The content of curves.json: for every size what keeping, ablating and enhancing the circuit does.
 
+    Circuits are chosen by direct effect (they steer) and by attribution to the score, each beside random units.
     Faithfulness: the emotion score with only the circuit intact, as a share of the whole model's (all units put to
     their mean count as nothing). Completeness is that share without the circuit. Enhancement adds the circuit's
     difference to neutral replies; its unit is the gap between an emotion's own texts and neutral ones.
@@ -109,7 +113,7 @@ def curves(study: CircuitStudy) -> dict[str, Any]:
     for size in range(len(study.plan.sizes)):
         for control, circuits in _controls(study, size).items():
             for action in ("keep", "ablate"):
-                if control in ("circuit", "layer-matched random") or action == "ablate":
+                if control in KEPT or action == "ablate":
                     conditions.append(Condition(f"{control} {action}", circuits, action))
                     keys.append((size, control, action))
         conditions.append(Condition("resample", study.circuits(size), "keep", "resample"))
@@ -140,12 +144,14 @@ def _size(study: CircuitStudy, size: int) -> dict[str, Any]:
 
 
 def _controls(study: CircuitStudy, size: int) -> dict[str, dict[str, Circuit]]:
-    circuits = study.circuits(size)
+    circuits, attributed = study.circuits(size), study.circuits(size, "attribution")
     emotions = list(circuits)
     return {
         "circuit": circuits,
         "layer-matched random": {e: study.random_circuit(c) for e, c in circuits.items()},
         "size-matched random": {e: study.random_circuit(c, sizes=True) for e, c in circuits.items()},
+        ATTRIBUTED: attributed,
+        f"{ATTRIBUTED}, random": {e: study.random_circuit(c) for e, c in attributed.items()},
         "another emotion's": {e: circuits[emotions[(i + 1) % len(emotions)]] for i, e in enumerate(emotions)},
     }
 
@@ -164,7 +170,7 @@ def _enhancement(study: CircuitStudy) -> list[dict[str, Any]]:
     conditions, keys = [], []
     for size in range(len(study.plan.sizes)):
         for control, circuits in _controls(study, size).items():
-            if control != "size-matched random":
+            if control not in ("size-matched random", f"{ATTRIBUTED}, random"):
                 conditions.append(Condition(control, circuits, "enhance"))
                 keys.append((size, control))
     whole = scores(model, tokenizer, own, readout, units, []).numpy()[:, 0]

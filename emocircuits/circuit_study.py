@@ -14,14 +14,15 @@ from torch import Tensor
 
 from . import artefact
 from .circuits.assemble import Circuit, random_like, top
-from .circuits.heads import attribution, total_effects
+from .circuits.gradients import attribution
+from .circuits.heads import total_effects
 from .circuits.influence import reference, sublayer_influence
 from .circuits.modulation import all_units, circuit_steerer, norm_matched, written
 from .circuits.readout import Readout
 from .circuits.units import Units, collect
-from .demo import Demo, evenly
+from .demo import Demo, evenly, spread
 from .directions import DirectionSet
-from .errors import HookError
+from .errors import HookError, unknown
 from .examples import one_valence, reply_examples
 from .reading import Example, pad
 from .runs import Run
@@ -29,6 +30,7 @@ from .steering.steerer import Steerer
 
 SAME_SITES = "directions, same sites"
 METHODS = ("circuit", "random units", "all units", SAME_SITES)
+RULES = ("direct", "attribution")
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,18 @@ class CircuitPlan:
     sizes: tuple[tuple[float, float], ...] = ((0.02, 0.001), (0.06, 0.004), (0.125, 0.016), (0.25, 0.06))
     chosen: int = 3
     """Which of the sizes steers (a quarter of the heads, as published)."""
+    n_read: int | None = 60
+    """Training scenarios whose replies give the units' means; all of them when None."""
     n_effect_scenarios: int = 2
     n_curve_scenarios: int = 3
     n_influence_scenarios: int = 8
-    strengths: tuple[float, ...] = (0.7, 1.4)
+    strengths: tuple[float, ...] = (0.7, 1.0)
     """Doses to try, in units of the emotion's own mean difference."""
     direction_strengths: tuple[float, ...] = (0.15, 0.3)
     """The same for plain directions, which break the text long before they push as far as the circuit does."""
     methods: tuple[str, ...] = ("circuit", "random units", SAME_SITES)
+    n_draws: int = 3
+    """Draws of random units; scenarios take turns."""
     n_validation: int = 3
     n_heldout: int = 8
 
@@ -53,9 +59,9 @@ class CircuitPlan:
     def full(cls) -> CircuitPlan:
         """The comparison table on all held-out scenarios with every control; about half an hour on two cores."""
         return cls(
-            sizes=(*cls().sizes, (0.5, 0.25)), n_effect_scenarios=4, n_curve_scenarios=6, n_influence_scenarios=20,
-            strengths=(0.7, 1.0, 1.4), direction_strengths=(0.1, 0.2, 0.3), methods=METHODS, n_validation=6,
-            n_heldout=40,
+            sizes=(*cls().sizes, (0.5, 0.25)), n_read=None, n_effect_scenarios=4, n_curve_scenarios=6,
+            n_influence_scenarios=20, strengths=(0.7, 1.0, 1.4, 2.0), direction_strengths=(0.1, 0.2, 0.3), methods=METHODS,
+            n_validation=6, n_heldout=40,
         )  # fmt: skip
 
     @classmethod
@@ -98,7 +104,7 @@ class CircuitStudy:
 
         def make() -> None:
             model, tokenizer = self.demo.loaded
-            texts = reply_examples(self.demo.train, self.demo.plan.emotions)
+            texts = reply_examples(spread(self.demo.train, self.plan.n_read), self.demo.plan.emotions)
             found = collect(
                 model, tokenizer, texts, self.demo.directions(), position="response_mean", progress=self.demo.progress
             )
@@ -122,39 +128,40 @@ class CircuitStudy:
         return [e for e in found if e.cluster in keep]
 
     def effects(self) -> dict[str, Tensor]:
-        """[E, L, heads] total effect of each head on its texts' own emotion score, "exact" and by "gradient".
+        """What units do to their texts' own emotion score: heads "exact" [E, L, heads] and by "gradient", "neurons".
 
-        NaN in layers after the readout."""
+        "exact" takes heads out one by one (total effect); the other two are first-order, "neurons" [E, L, d_mlp]. NaN
+        in layers after the readout.
+        """
 
-        file = "head_effects.safetensors"
+        file = "effects.safetensors"
 
         def make() -> None:
-            model = self.demo.loaded.model
-            examples, readout, base = (
-                self.texts(self.plan.n_effect_scenarios),
-                self.readout(),
-                self.units().baseline("z"),
-            )
-            exact, screened = [], []
-            batches = self._batches([e.prompt + e.response for e in examples], 8)
-            task = self.demo.progress.add_task("ablating heads", total=len(batches)) if self.demo.progress else None
-            for inputs in batches:
-                exact.append(
-                    total_effects(model, inputs, readout, mode="mean", baseline=base, seed=self.demo.plan.seed)
-                )
-                screened.append(attribution(model, inputs, readout, baseline=base))
-                if self.demo.progress and task is not None:
-                    self.demo.progress.advance(task)
+            examples, readout = self.texts(self.plan.n_effect_scenarios), self.readout()
             labels = [self.demo.plan.emotions.index(e.label) for e in examples]
-            found = {n: _per_emotion(torch.cat(x), labels) for n, x in (("exact", exact), ("gradient", screened))}
-            reached = {n: x[:, : readout.layer + 1] for n, x in found.items()}  # later heads cannot reach the readout
-            artefact.save(self.run.file(file), "head_effects", reached, {"readout": readout.what})
+            found = {n: _per_emotion(x, labels)[:, : readout.layer + 1] for n, x in self._effects(examples).items()}
+            artefact.save(self.run.file(file), "effects", found, {"readout": readout.what})
 
-        found = self.run.stage(
-            "head_effects", [file], make, lambda: artefact.load(self.run.file(file), "head_effects")[0]
-        )
+        found = self.run.stage("effects", [file], make, lambda: artefact.load(self.run.file(file), "effects")[0])
         later = len(self.demo.directions().layers) - found["exact"].shape[1]
         return {n: torch.nn.functional.pad(x, (0, 0, 0, later), value=torch.nan) for n, x in found.items()}
+
+    def _effects(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        model, readout, units = self.demo.loaded.model, self.readout(), self.units()
+        baselines = {site: units.baseline(site) for site in ("z", "mlp_post")}
+        parts: dict[str, list[Tensor]] = {"exact": [], "gradient": [], "neurons": []}
+        batches, progress = self._batches([e.prompt + e.response for e in examples], 6), self.demo.progress
+        task = progress.add_task("ablating heads", total=len(batches)) if progress else None
+        for inputs in batches:
+            exact = total_effects(
+                model, inputs, readout, mode="mean", baseline=baselines["z"], seed=self.demo.plan.seed
+            )
+            first = attribution(model, inputs, readout, baselines)
+            for name, value in (("exact", exact), ("gradient", first["z"]), ("neurons", first["mlp_post"])):
+                parts[name].append(value)
+            if progress and task is not None:
+                progress.advance(task)
+        return {name: torch.cat(values) for name, values in parts.items()}
 
     def _batches(self, texts: Sequence[str], size: int) -> list[dict[str, Tensor]]:
         from .data.prompts import encode_prompt
@@ -167,13 +174,27 @@ class CircuitStudy:
             out.append({"input_ids": rows, "attention_mask": mask})
         return out
 
-    def circuits(self, size: int | None = None) -> dict[str, Circuit]:
-        """Each emotion's circuit at one of the plan's sizes, by contrastive direct effect."""
-        units = self.units()
-        heads, neurons = self.plan.sizes[self.plan.chosen if size is None else size]
-        scores = units.heads(), units.neurons()
-        counts = [max(1, round(share * s[0].numel())) for share, s in zip((heads, neurons), scores)]
-        made = {"fingerprint": units.fingerprint, "provenance": {"seed": self.demo.plan.seed}}
+    def scores(self, rule: str = "direct", folds: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
+        """Heads [E, L, heads] and neurons [E, L, d_mlp] by one of `RULES`.
+
+        "direct": what a unit adds along the emotion's direction, as a share of the residual norm there, so that layers
+        compare (the residual of the demo model grows two hundredfold). "attribution": what it does to the
+        emotion score, everything downstream included, to first order.
+        """
+        if rule not in RULES:
+            raise unknown("rule", rule, RULES)
+        if rule == "attribution":
+            effects = self.effects()
+            return effects["gradient"], effects["neurons"]
+        units, norms = self.units(), self.demo.norms()[:, None]
+        return units.heads(folds=folds) / norms, units.neurons(folds=folds) / norms
+
+    def circuits(self, size: int | None = None, rule: str = "direct") -> dict[str, Circuit]:
+        """Each emotion's circuit at one of the plan's sizes; the one by direct effect steers."""
+        units, scores = self.units(), self.scores(rule)
+        shares = self.plan.sizes[self.plan.chosen if size is None else size]
+        counts = [max(1, round(share * s[0].numel())) for share, s in zip(shares, scores)]
+        made = {"fingerprint": units.fingerprint, "provenance": {"seed": self.demo.plan.seed, "ranked_by": rule}}
         return {e: top(e, scores[0][i], scores[1][i], *counts, **made) for i, e in enumerate(units.emotions)}
 
     def discovery(self) -> dict[str, Any]:
@@ -215,15 +236,15 @@ class CircuitStudy:
 
         return self.run.json_stage("curves", lambda: curves(self))
 
-    def random_circuit(self, circuit: Circuit, sizes: bool = False, layer_matched: bool = True) -> Circuit:
+    def random_circuit(self, circuit: Circuit, sizes: bool = False, draw: int = 0) -> Circuit:
         """The control of a circuit: as many other units in the same layers, of the same activation size if asked."""
         units = self.units()
         widths = {"heads": units.z.shape[3], "neurons": units.mlp_post.shape[-1]}
         activity = {"heads": units.mean("z").norm(dim=-1).mean(0), "neurons": units.neuron_size} if sizes else None
-        n_layers, seed = units.z.shape[2], self.demo.plan.seed
-        return random_like(circuit, widths, n_layers, layer_matched=layer_matched, sizes=activity, seed=seed)
+        seed = self.demo.plan.seed * 1000 + draw
+        return random_like(circuit, widths, units.z.shape[2], sizes=activity, seed=seed)
 
-    def steerer(self, method: str, emotion: str, strength: float) -> Steerer:
+    def steerer(self, method: str, emotion: str, strength: float, draw: int = 0) -> Steerer:
         """The steerer of one method of the comparison at a multiple of the emotion's own difference."""
         units, circuit = self.units(), self.circuits()[emotion]
         if method == SAME_SITES:
@@ -232,7 +253,7 @@ class CircuitStudy:
             return norm_matched(circuit, units, model, directions, strength=strength)
         made = {
             "circuit": lambda: circuit,
-            "random units": lambda: self.random_circuit(circuit),
+            "random units": lambda: self.random_circuit(circuit, draw=draw),
             "all units": lambda: all_units(emotion, units),
         }[method]()
         if method == "random units":  # other units differ less between emotions; push as far as the circuit does
@@ -240,6 +261,12 @@ class CircuitStudy:
             own, others = (_norm(written(c, units, model)) for c in (circuit, made))
             strength *= own / others
         return circuit_steerer(made, units, strength=strength)
+
+    def _steerers(self, method: str, emotion: str, strength: float, n: int) -> list[Steerer]:
+        """One steerer for each of n scenarios; several draws of random units take turns."""
+        draws = self.plan.n_draws if method == "random units" else 1
+        made = [self.steerer(method, emotion, strength, draw) for draw in range(min(draws, n))]
+        return [made[i % len(made)] for i in range(n)]
 
     def tuning(self, method: str) -> dict[str, Any]:
         """Each emotion's best strength for one method on validation scenarios, by the rule the demo uses."""
@@ -250,9 +277,8 @@ class CircuitStudy:
             rows, steerers = [], []
             for strength in self.plan.direction_strengths if method == SAME_SITES else self.plan.strengths:
                 for emotion in self.demo.plan.emotions:
-                    steerer = self.steerer(method, emotion, strength)
                     rows += [{**r, "emotion": emotion, "layers": [], "strength": strength} for r in base]
-                    steerers += [steerer] * len(base)
+                    steerers += self._steerers(method, emotion, strength, len(base))
             scored = self.demo.scored(rows, steerers, f"strengths, {method}")
             found = [summary(group) for group in grouped(scored, ("emotion", "strength"))]
             best = {e: choose([c for c in found if c["emotion"] == e])["strength"] for e in self.demo.plan.emotions}
@@ -268,8 +294,7 @@ class CircuitStudy:
             chosen = self.tuning(method)["chosen"]
             base = self._heldout_prompts()
             rows = [{**r, "method": method, "emotion": e} for e in self.demo.plan.emotions for r in base]
-            made = {e: self.steerer(method, e, chosen[e]) for e in self.demo.plan.emotions}
-            steerers = [made[row["emotion"]] for row in rows]
+            steerers = [s for e in self.demo.plan.emotions for s in self._steerers(method, e, chosen[e], len(base))]
             artefact.write_jsonl_atomic(self.run.file(file), self.demo.scored(rows, steerers, method))
 
         return self.run.stage(f"texts.{method}", [file], make, lambda: artefact.read_jsonl(self.run.file(file)))

@@ -80,9 +80,9 @@ class Demo:
         self._judge: Any = None
         self.decoding = Decoding(plan.max_new_tokens, min(12, plan.max_new_tokens))
         train, self.validation = discovery().split(by="theme", fraction=0.25, seed=plan.seed)
-        self.train = _spread(train, plan.n_train)
-        self.heldout = _spread(heldout(), plan.n_heldout)
-        self.written_on = _spread(load_sev(plan.scenarios), plan.n_heldout) if plan.scenarios else self.heldout
+        self.train = spread(train, plan.n_train)
+        self.heldout = spread(heldout(), plan.n_heldout)
+        self.written_on = spread(load_sev(plan.scenarios), plan.n_heldout) if plan.scenarios else self.heldout
 
     @property
     def loaded(self) -> Loaded:
@@ -309,7 +309,7 @@ def bars() -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
-def _spread(scenarios: ScenarioSet, n: int | None) -> ScenarioSet:
+def spread(scenarios: ScenarioSet, n: int | None) -> ScenarioSet:
     """`n` scenarios evenly over the set (and so over its themes); all of them when n is None."""
     if n is None or n >= len(scenarios):
         return scenarios

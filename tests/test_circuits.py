@@ -190,7 +190,7 @@ def test_gradients_equal_autograd_through_a_push(name: str) -> None:
     model = zoo.build(name)
     inputs, readout = padded(model), random_readout(model)
     for site in ("attn_out", "mlp_post", "z"):
-        found = gradients(model, inputs, readout, site)
+        found = gradients(model, inputs, readout, [site])[site]
         for layer in (0, 3):
             value, grad = found[layer]
             push = 1e-3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(layer))

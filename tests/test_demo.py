@@ -41,7 +41,7 @@ def test_a_run_is_complete_and_is_not_done_twice(loaded, tmp_path, monkeypatch) 
     assert steered["n"] == 6 * 4
     assert steered["n_clusters"] == 4
     circuits = Run.open(tmp_path / "run" / "circuits")
-    assert all(circuits.done(s) for s in ("units", "head_effects", "circuits", "curves", "evaluation"))
+    assert all(circuits.done(s) for s in ("units", "effects", "circuits", "curves", "evaluation"))
     compared = json.loads(circuits.file("evaluation.json").read_text())
     assert {"circuit", "random units", "direction steering", "prompting"} <= set(compared["methods"])
     assert "circuit modulation minus random units" in report.read_text().lower()

@@ -19,7 +19,7 @@ from ..activations.restart import Checkpoint
 from ..data.prompts import encode_prompt
 from ..errors import InputError, unknown
 from ..models.anatomy import resolve
-from .gradients import gradients
+from . import gradients
 from .readout import Readout
 from .sublayers import attention_side
 
@@ -109,12 +109,7 @@ def attribution(model: Any, inputs: Mapping[str, Any], readout: Readout, *, base
     Gradient of the readout at z, times z less the baseline [L, heads, head_dim] (zero when None), all positions; NaN
     above the readout.
     """
-    per_layer = []
-    for layer, (z, grad) in enumerate(gradients(model, inputs, readout, "z")):
-        lost = z if baseline is None else z - baseline[layer].to(z)
-        per_layer.append((grad * lost).sum((2, 4)).permute(1, 2, 0).cpu())
-    per_layer += [torch.full_like(per_layer[0], torch.nan)] * (resolve(model).n_layers - len(per_layer))
-    return torch.stack(per_layer, dim=1)
+    return gradients.attribution(model, inputs, readout, {"z": baseline})["z"]
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ def _by_gradient(model: Any, inputs: Mapping[str, Any], readout: Readout, site: 
     """[E, L] sum over rows of <local direction, d readout / d output at the last position>."""
     mask = inputs.get("attention_mask")
     out = torch.zeros(local.shape[:2])
-    for layer, (value, grad) in enumerate(gradients(model, inputs, readout, site)):
+    for layer, (value, grad) in enumerate(gradients(model, inputs, readout, [site])[site]):
         rows, last = torch.arange(len(value)), last_real(mask, value)
         own = torch.stack([grad[e, rows, last] @ local[e, layer].to(value) for e in range(len(local))])
         out[:, layer] = own.sum(1).cpu()

@@ -11,8 +11,7 @@ from torch import Tensor
 from ..activations.edit import edit
 from ..activations.edits import Patch
 from ..errors import InputError
-from ..models.anatomy import resolve
-from .gradients import gradients
+from . import gradients
 from .readout import Readout
 
 
@@ -21,12 +20,7 @@ def attribution(model: Any, inputs: Mapping[str, Any], readout: Readout, *, base
 
     All positions count; baseline [L, d_mlp] is zero when None; NaN above the readout. One forward pass, E backward.
     """
-    per_layer = []
-    for layer, (a, grad) in enumerate(gradients(model, inputs, readout, "mlp_post")):
-        lost = a if baseline is None else a - baseline[layer].to(a)
-        per_layer.append((grad * lost).sum(2).permute(1, 2, 0).cpu())
-    per_layer += [torch.full_like(per_layer[0], torch.nan)] * (resolve(model).n_layers - len(per_layer))
-    return torch.stack(per_layer, dim=1)
+    return gradients.attribution(model, inputs, readout, {"mlp_post": baseline})["mlp_post"]
 
 
 def integrated_gradients(
@@ -46,11 +40,11 @@ def integrated_gradients(
     """
     if steps < 1:
         raise InputError("integrated gradients need at least one step")
-    a = gradients(model, inputs, readout, "mlp_post")[layer][0]
+    a = gradients.gradients(model, inputs, readout, ["mlp_post"])["mlp_post"][layer][0]
     rest = torch.zeros_like(a) if baseline is None else baseline.to(a).expand_as(a)
     total = torch.zeros(len(readout.emotions), *a.shape, device=a.device)
     for step in range(steps):
         at = rest + (a - rest) * (step + 0.5) / steps
         with edit(model, Patch(site="mlp_post", layer=layer, value=at.detach().requires_grad_()), compile_to="hook"):
-            total += gradients(model, inputs, readout, "mlp_post")[layer][1] / steps
+            total += gradients.gradients(model, inputs, readout, ["mlp_post"])["mlp_post"][layer][1] / steps
     return (total * (a - rest)).sum(2).permute(1, 2, 0).detach().cpu()
