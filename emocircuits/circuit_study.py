@@ -60,8 +60,8 @@ class CircuitPlan:
         """The comparison table on all held-out scenarios with every control; about half an hour on two cores."""
         return cls(
             sizes=(*cls().sizes, (0.5, 0.25)), n_read=None, n_effect_scenarios=4, n_curve_scenarios=6,
-            n_influence_scenarios=20, strengths=(0.7, 1.0, 1.4, 2.0), direction_strengths=(0.1, 0.2, 0.3), methods=METHODS,
-            n_validation=6, n_heldout=40,
+            n_influence_scenarios=20, strengths=(0.7, 1.0, 1.4, 2.0), direction_strengths=(0.1, 0.2, 0.3),
+            methods=METHODS, n_validation=6, n_heldout=40,
         )  # fmt: skip
 
     @classmethod
