@@ -30,7 +30,7 @@ from .models.fingerprint import fingerprint
 from .models.load import Loaded, load
 from .reading import Example, Features, read, residual_norms
 from .runs import Run
-from .steering.steerer import Steerer, Term
+from .steering import Steerer, Term
 
 if TYPE_CHECKING:
     from .circuit_study import CircuitPlan
