@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import artefact
@@ -64,6 +65,17 @@ class Steerer:
         made: dict[Control | None, Control] = {c: combined(c, control) for c in {t.control for t in self.terms}}
         terms = tuple(replace(t, control=made[t.control]) for t in self.terms)
         return replace(self, terms=terms, cost=None, _installed=None)
+
+    def randomised(self, seed: int = 0) -> Steerer:
+        """The control: random directions of the same norms at the same places, when the steerer itself is on.
+
+        Raises InputError for a steerer that removes or bounds components: what level a random one has is not known.
+        """
+        if any(t.mode != "add" for t in self.terms):
+            raise InputError(f"{self.name!r} removes or bounds a component, so it has no random control of its norm")
+        generator = torch.Generator().manual_seed(seed)
+        terms = tuple(replace(t, vectors=_random_like(t.vectors, generator)) for t in self.terms)
+        return replace(self, terms=terms, name=f"random ({self.name})", cost=None, _installed=None)
 
     @staticmethod
     def sequence(parts: Sequence[tuple[Steerer | None, int | None]]) -> Steerer:
@@ -186,6 +198,11 @@ class Steerer:
         controls = [from_data(c, tensors, f"control{i}") for i, c in enumerate(header.get("controls", []))]
         terms = tuple(_term(t, i, controls, tensors) for i, t in enumerate(header["terms"]))
         return cls(terms, header["name"], header["fingerprint"], header["cost"], header["provenance"])
+
+
+def _random_like(vectors: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(vectors.shape, generator=generator)
+    return torch.nn.functional.normalize(noise, dim=-1) * vectors.norm(dim=-1, keepdim=True)
 
 
 def _term_data(term: Term, i: int, controls: list[Control], tensors: dict[str, Tensor]) -> dict[str, Any]:
