@@ -1,8 +1,8 @@
 """Steering modules: ``with steerer.attach(model): model.generate(...)``."""
 
-from .controls import Both, Hold, Ramp, Tags, Until, Window, tags
+from .controls import Both, Hold, Ramp, SkipFirst, Tags, Until, Window, tags
 from .meter import Meter
 from .steerer import Steerer
 from .term import Term
 
-__all__ = ["Both", "Hold", "Meter", "Ramp", "Steerer", "Tags", "Term", "Until", "Window", "tags"]
+__all__ = ["Both", "Hold", "Meter", "Ramp", "SkipFirst", "Steerer", "Tags", "Term", "Until", "Window", "tags"]

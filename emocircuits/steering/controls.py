@@ -50,6 +50,20 @@ class Window(Control):
 
 
 @dataclass(frozen=True, eq=False)
+class SkipFirst(Control):
+    """Everywhere but on the first real tokens of each row.
+
+    Most models park attention on the first token, whose residual is ten times as long as any other and means nothing;
+    to take a component out of it breaks every later token.
+    """
+
+    tokens: int = 1
+
+    def factor(self, view: View, state: dict[str, Any]) -> Tensor:  # noqa: ARG002
+        return (view.forward.index(view.device) >= self.tokens).float()
+
+
+@dataclass(frozen=True, eq=False)
 class Tags(Control):
     """On "inside" an opening and a closing run of tokens, or "after" the last closing one; see `tags`."""
 
@@ -215,7 +229,7 @@ class Both(Control):
                 part.observe(view, state[own], x)
 
 
-KINDS: dict[str, type[Any]] = {c.__name__: c for c in (Ramp, Window, Tags, Until, Hold, Both)}
+KINDS: dict[str, type[Any]] = {c.__name__: c for c in (Ramp, Window, SkipFirst, Tags, Until, Hold, Both)}
 
 
 def to_data(control: Control, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
