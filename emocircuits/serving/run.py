@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,23 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise InputError(f"cannot listen on {host} port {port} ({error}); choose another --host or --port") from error
+
+
+@contextlib.contextmanager
+def background(app: Any) -> Iterator[str]:
+    """Serve an application from a thread, at a free port of this machine; yields its address (ending in /v1)."""
+    check_packages()
+    import uvicorn
+
+    listening = _listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 class _Loader(threading.Thread):
