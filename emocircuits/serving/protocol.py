@@ -46,7 +46,7 @@ def _steering(value: Any) -> Any:
     if value is None:
         return {}
     if isinstance(value, dict):
-        return value
+        value = [{"name": name, "strength": strength} for name, strength in value.items()]
     if not isinstance(value, list) or not all(isinstance(part, dict) and "name" in part for part in value):
         raise ValueError('give steering as {"fear": 0.8} or [{"name": "fear", "strength": 0.8}]')
     total: dict[str, float] = {}
@@ -112,24 +112,23 @@ class GenerationRequest(BaseModel):
         }
 
 
-class TextPart(BaseModel):
-    """A part of a message; only text is understood."""
-
-    type: Literal["text"]
-    text: str
+def _content(value: Any) -> Any:
+    """A message's text, given as it is or in parts; assistants that called tools have none."""
+    parts = [{"type": "text", "text": value}] if isinstance(value, str) else value or []
+    if not isinstance(parts, list) or not all(isinstance(p, dict) and p.get("type") == "text" for p in parts):
+        raise ValueError("this server reads text only; give content as a text or as parts of type 'text'")
+    return "".join(str(part.get("text", "")) for part in parts)
 
 
 class Message(BaseModel):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Annotated[str, BeforeValidator(_content)]
 
     def plain(self) -> dict[str, str]:
         """Role and text, as chat templates take them."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
 class ChatRequest(GenerationRequest):
@@ -158,7 +157,9 @@ class CompletionRequest(GenerationRequest):
         if isinstance(value, list) and value and not isinstance(value[0], int):
             if len(value) > 1:
                 raise ValueError("this server takes one prompt per request; send several requests, they share a batch")
-            return value[0]
+            value = value[0]
+        if not isinstance(value, (str, list)):
+            raise ValueError("a prompt is a text or a list of token ids")
         return value
 
     def prompt(self) -> str | list[int]:
