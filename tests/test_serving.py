@@ -160,7 +160,7 @@ def test_bad_requests_say_what_was_wrong(served: Served) -> None:
         "unknown field 'sterring'": {"sterring": {"all": 1}},
         "one prompt per request": {"prompt": ["a", "b"]},
         "a prompt is a text or": {"prompt": {"text": "a"}},
-        "prompt.list[int].0: Input should be a valid integer": {"prompt": [[1.5]]},
+        "prompt: a prompt is": {"prompt": [[1, 1.5]]},
         "between 0 and 127": {"prompt": [500]},
         "exceeds the context of 256": {"prompt": "a" * 300},
         "beyond this server's limit of 240": {"max_tokens": 250},

@@ -158,7 +158,7 @@ class CompletionRequest(GenerationRequest):
             if len(value) > 1:
                 raise ValueError("this server takes one prompt per request; send several requests, they share a batch")
             value = value[0]
-        if not isinstance(value, (str, list)):
+        if not isinstance(value, str) and not (isinstance(value, list) and all(type(t) is int for t in value)):
             raise ValueError("a prompt is a text or a list of token ids")
         return value
 
