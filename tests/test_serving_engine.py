@@ -17,6 +17,7 @@ from emocircuits.data.prompts import plain_chat
 from emocircuits.errors import ArtefactError, EmocircuitsError, InputError
 from emocircuits.generation import Decoding, generate
 from emocircuits.models.load import Loaded
+from emocircuits.serving import batch
 from emocircuits.serving.engine import Answer, Done, Engine, Event, Failed, Limits, Piece, QueueFullError, StoppedError
 from emocircuits.serving.registry import Registry
 from emocircuits.serving.sampling import Sampler, nucleus
@@ -98,6 +99,16 @@ def test_rows_join_and_leave_a_running_batch(engine: Engine) -> None:
     assert not done.is_set(), "the short request was answered while the long one ran"
     assert done.wait(30)
     assert engine.run(short) == answer
+
+
+def test_caches_that_cannot_be_padded_are_filled_in_waves(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [engine.request(p, max_tokens=9 + 3 * i, temperature=0) for i, p in enumerate(PROMPTS)]
+    alone = [engine.run(request) for request in requests]
+    monkeypatch.setattr(batch, "DynamicLayer", type("NoSuchLayer", (), {}))
+    join, sizes = engine.batch.join, []
+    monkeypatch.setattr(engine.batch, "join", lambda rows: (sizes.append(engine.batch_size), join(rows))[1])
+    assert together(engine, requests) == alone
+    assert set(sizes) == {0}
 
 
 def test_the_cache_holds_no_more_columns_than_its_longest_row(engine: Engine) -> None:
