@@ -21,6 +21,7 @@ httpx = pytest.importorskip("httpx", reason="httpx is not installed")
 
 from emocircuits.cli import main  # noqa: E402
 from emocircuits.errors import InputError, MissingPackageError  # noqa: E402
+from emocircuits.serving import app as app_module  # noqa: E402
 from emocircuits.serving import run  # noqa: E402
 from emocircuits.serving.app import create_app  # noqa: E402
 from emocircuits.serving.engine import Engine, Limits  # noqa: E402
@@ -196,10 +197,24 @@ def test_bodies_that_are_no_requests(served: Served) -> None:
         served.url + "/completions", content=iter([b"a" * 9000] * 3), headers={"content-type": "application/json"}
     )
     assert chunked.status_code == 413
+    with pytest.raises(openai.APIStatusError, match="longer than this server's limit"):
+        served.text(prompt="a" * 3_000_000)
     missing = httpx.get(served.url + "/nothing")
     assert missing.status_code == 404
     assert "error" in missing.json()
     assert httpx.get(served.url + "/completions").status_code == 405
+
+
+def test_a_body_that_does_not_come_is_given_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "BODY_SECONDS", 0.2)
+    port = int(served.url.removesuffix("/v1").rpartition(":")[2])
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as slow:
+        slow.sendall(head)
+        assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+    with socket.create_connection(("127.0.0.1", port)) as left:
+        left.sendall(head)
+    assert served.text()
 
 
 def test_a_full_queue_is_a_429_and_a_failed_pass_a_500(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,4 +258,4 @@ async def _chunks(
 
 
 def _sse(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"  # in ASCII: some clients split lines at U+2028

@@ -131,9 +131,9 @@ class Batch:
             stack.enter_context(steerer.attach(self.module, compile_to="hook", strict=False))
 
     def _detach(self) -> None:
-        if self._steering is not None:
-            self._steering.close()
-            self._steering = None
+        steering, self._steering = self._steering, None
+        if steering is not None:
+            steering.close()
 
     def _forward(self, tokens: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
         n = tokens.shape[1]
