@@ -30,5 +30,5 @@ $(VENV)/demo.done: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/dev.done: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(INSTALL) -e ".[demo,lens,dev]"
+	$(INSTALL) -e ".[demo,lens,serve,dev]"
 	touch $@

@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     _steer_parser(verbs)
     _evaluate_parser(verbs)
     _card_parser(verbs)
+    _serve_parser(verbs)
     return top
 
 
@@ -138,6 +139,28 @@ def _evaluate_parser(verbs: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--output", type=Path, help="where to write the scores as JSON (default: print)")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.set_defaults(run=run_evaluate)
+
+
+def _serve_parser(verbs: argparse._SubParsersAction) -> None:
+    serve = _verb(
+        verbs,
+        "serve",
+        "answer OpenAI's chat and completion requests, with steering per request",
+        "emocircuits serve --model demo --steerer fear=fear.safetensors --port 8000",
+    )
+    serve.add_argument("--model", default="demo", help="hub id, folder, GGUF file or 'demo'")
+    serve.add_argument("--name", help="the model's name for clients (default: --model, without its folder)")
+    serve.add_argument("--steerer", action="append", default=[], metavar="NAME=FILE", help="may be repeated")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--max-batch", type=int, default=16, help="requests that are generated at once")
+    serve.add_argument("--max-queue", type=int, default=64, help="requests that may wait; further ones get a 429")
+    serve.add_argument("--max-tokens", type=int, default=512, help="the longest answer")
+    serve.add_argument("--max-body-bytes", type=int, default=1 << 20, help="the longest request")
+    serve.add_argument("--max-strength", type=float, default=4.0, help="the largest multiple of a steerer's strength")
+    serve.add_argument("--api-key-env", help="environment variable with the key (default: EMOCIRCUITS_API_KEY, if set)")
+    serve.add_argument("--allow-open", action="store_true", help="let others in without a key")
+    serve.set_defaults(run=run_serve)
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -276,6 +299,13 @@ def run_card(args: argparse.Namespace) -> None:
     made = replace(steerer, cost=cost)
     made.save(args.steerer)
     _say(f"cost card: {write_card(made, output)}")
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    """`emocircuits serve`"""
+    from .serving.run import serve
+
+    serve(args)
 
 
 def parse_layers(text: str) -> list[int]:

@@ -106,8 +106,7 @@ def generate(
 
 
 def _check_room(model: Any, ids: Sequence[Sequence[int]], new_tokens: int) -> None:
-    config = getattr(unwrap(model).config, "get_text_config", lambda: None)()
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = context_length(model)
     for row, tokens in enumerate(ids):
         if not tokens:
             raise InputError(f"prompt {row} is empty; give at least one word")
@@ -115,6 +114,12 @@ def _check_room(model: Any, ids: Sequence[Sequence[int]], new_tokens: int) -> No
             raise InputError(
                 f"prompt {row} has {len(tokens)} tokens; with {new_tokens} new ones it exceeds the context of {limit}"
             )
+
+
+def context_length(model: Any) -> int | None:
+    """The most tokens the model takes; None where its config sets no limit."""
+    config = getattr(unwrap(model).config, "get_text_config", lambda: None)()
+    return getattr(config, "max_position_embeddings", None)
 
 
 @torch.no_grad()
@@ -133,7 +138,7 @@ def _generate_batch(
     tokens = torch.tensor([[pad] * (width - len(r)) + r for r in ids], device=device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in ids], device=device)
     steerer = _one_steerer(rows)
-    sampler = [RowSampler(seeds, decoding, mask, _ends(module))] if decoding.temperature else []
+    sampler = [RowSampler(seeds, decoding, mask, end_tokens(module))] if decoding.temperature else []
     with steerer.attach(model) if steerer else nullcontext():
         out = module.generate(
             input_ids=tokens, attention_mask=mask, pad_token_id=pad, logits_processor=sampler, **decoding.kwargs()
@@ -141,7 +146,7 @@ def _generate_batch(
     return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
 
-def _ends(module: Any) -> list[int]:
+def end_tokens(module: Any) -> list[int]:
     """Token ids that end a text."""
     ends = module.generation_config.eos_token_id
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

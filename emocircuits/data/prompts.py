@@ -109,6 +109,19 @@ def encode_prompt(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> 
     return once_bos(tokenizer, list(ids))
 
 
+PLAIN_CHAT_STOP = "\nUser:"
+"""Where an answer to `plain_chat` ends, since a completion model would go on with the user's next turn."""
+
+
+def plain_chat(messages: Sequence[Mapping[str, str]]) -> str:
+    """Chat messages as text for a model without a chat template: one "User:" or "Assistant:" line per turn.
+
+    Instructions (system, developer) stand without a name. Ends with "Assistant:".
+    """
+    names = {"user": "User: ", "assistant": "Assistant: "}
+    return "\n".join([*(names.get(m["role"], "") + m["content"] for m in messages), "Assistant:"])
+
+
 def once_bos(tokenizer: Any, ids: list[int]) -> list[int]:
     """The ids with repeated leading BOS tokens collapsed to one."""
     bos = getattr(tokenizer, "bos_token_id", None)

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server in which every request names its own steerers. Needs `emocircuits[serve]`."""
