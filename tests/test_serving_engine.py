@@ -22,7 +22,7 @@ from emocircuits.serving.engine import Answer, Done, Engine, Event, Failed, Limi
 from emocircuits.serving.registry import Registry
 from emocircuits.serving.sampling import Sampler, nucleus
 from emocircuits.serving.text import TextStream
-from emocircuits.steering import Steerer
+from emocircuits.steering import Ramp, SkipFirst, Steerer, Term
 
 PROMPTS = ("They gave my seat away again.", "Hi", "What a long day that was", "Qwerty?", "The end of the world")
 WISHES = ({}, *({policy: 1.0} for policy in POLICIES))
@@ -205,6 +205,24 @@ def test_a_steerer_of_another_model_is_refused_at_the_start() -> None:
 
 
 # ---------------------------------------------------------------- the queue
+
+
+def test_limits_are_served_and_schedules_are_refused() -> None:
+    cap = Steerer((Term("resid_post", (1, 2), torch.ones(2, 32), mode="remove", control=SkipFirst()),), "calm")
+    engine = Engine(tiny(), Registry({"calm": cap}))
+    try:
+        requests = [
+            engine.request([5 + i, 6, 7, 8][: 3 + i], max_tokens=6, temperature=0, steering={"calm": 1.0})
+            for i in range(2)
+        ]
+        alone = [engine.run(request).text for request in requests]
+        assert [a.text for a in together(engine, requests)] == alone
+        plain = engine.request([5, 6, 7], max_tokens=6, temperature=0)
+        assert engine.run(plain).text != alone[0]
+    finally:
+        engine.close()
+    with pytest.raises(InputError, match="changes its strength"):
+        Engine(tiny(), Registry({"ramp": cap.when(Ramp(0, 1, 5))}))
 
 
 def test_full_queues_cancelled_requests_and_shutdown() -> None:

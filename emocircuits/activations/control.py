@@ -34,6 +34,8 @@ class Control:
     then refused. Those that read activations name a site and layer in `watch` and get them by `observe`.
     """
 
+    timed: bool = True
+    """Whether it matters when a row's text began, so that rows of different ages cannot share a pass."""
     remembers: bool = False
     needs_ids: bool = False
     watch: tuple[str, int] | None = None

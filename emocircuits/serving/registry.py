@@ -43,9 +43,17 @@ class Registry:
         return cls(steerers, max_strength)
 
     def check(self, model: Any) -> None:
-        """Raise ArtefactError when a steerer does not fit the model."""
-        for steerer in self.steerers.values():
+        """Raise ArtefactError when a steerer does not fit the model, InputError when it cannot be served.
+
+        Those are steerers with a schedule, gate or closed loop: requests of all ages share a pass.
+        """
+        for name, steerer in self.steerers.items():
             steerer.check(model)
+            if any(t.control is not None and t.control.timed for t in steerer.terms):
+                raise InputError(
+                    f"steerer {name!r} changes its strength while a text is written, which a server's shared passes"
+                    " cannot do; serve it without that control"
+                )
 
     def wish(self, asked: Mapping[str, float]) -> Wish:
         """A checked request; raises InputError for a name that is not here and a strength out of bounds."""

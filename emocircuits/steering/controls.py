@@ -59,6 +59,8 @@ class SkipFirst(Control):
 
     tokens: int = 1
 
+    timed = False
+
     def factor(self, view: View, state: dict[str, Any]) -> Tensor:  # noqa: ARG002
         return (view.forward.index(view.device) >= self.tokens).float()
 
@@ -204,6 +206,10 @@ class Both(Control):
     def __post_init__(self) -> None:
         if self.first.watch and self.second.watch and self.first.watch != self.second.watch:
             raise InputError("two controls that read activations must read at the same site and layer")
+
+    @property
+    def timed(self) -> bool:  # type: ignore[override]
+        return self.first.timed or self.second.timed
 
     @property
     def remembers(self) -> bool:  # type: ignore[override]
