@@ -161,9 +161,7 @@ def _state(model: nn.Module, skeleton: nn.Module, added: Mapping[str, Tensor]) -
     for name, parameter in wanted.items():
         if name not in state:
             if not name.endswith(".bias"):
-                raise HookError(
-                    f"the switch for biases also brings {name}, which has no neutral value; {INSTEAD}"
-                )
+                raise HookError(f"the switch for biases also brings {name}, which has no neutral value; {INSTEAD}")
             state[name] = torch.zeros(parameter.shape, dtype=dtype)
     for path, delta in added.items():
         bias = state[f"{path}.bias"]
