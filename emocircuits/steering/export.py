@@ -1,4 +1,4 @@
-"""Steerers in other engines' files: llama.cpp control vectors (the format repeng writes too)."""
+"""Steerers in other engines' files: control vectors of llama.cpp, repeng and EasySteer, which share one format."""
 
 from __future__ import annotations
 
@@ -24,13 +24,28 @@ def to_gguf(steerer: Steerer, path: str | Path, model_hint: str = "") -> Path:
     cannot say: other sites or positions, vectors per row, or layer 0, which llama.cpp never touches.
     """
     vectors = _by_layer(steerer)
+    if min(vectors) < 1:
+        raise InputError(
+            f"llama.cpp never steers layer 0, but {steerer.name!r} has a vector there; choose other layers"
+        )
+    return _write(vectors, Path(path), model_hint or _hint(steerer))
+
+
+def to_easysteer(steerer: Steerer, path: str | Path, model_hint: str = "") -> Path:
+    """Write a GGUF for EasySteer's "direct" algorithm at scale 1; as `to_gguf`, but layer 0 can be steered too.
+
+    EasySteer adds "direction.N" to the output of decoder layer N, counted from 0. Raises InputError as `to_gguf`.
+    """
+    return _write(_by_layer(steerer), Path(path), model_hint or _hint(steerer))
+
+
+def _write(vectors: dict[int, Tensor], path: Path, model_hint: str) -> Path:
     gguf = _gguf()
-    path = Path(path)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
         writer = gguf.GGUFWriter(partial, "controlvector")
-        writer.add_string("controlvector.model_hint", model_hint or _hint(steerer))
+        writer.add_string("controlvector.model_hint", model_hint)
         writer.add_uint32("controlvector.layer_count", len(vectors))
         for layer, vector in sorted(vectors.items()):
             writer.add_tensor(f"{PREFIX}{layer}", vector.numpy())
@@ -74,10 +89,8 @@ def _by_layer(steerer: Steerer) -> dict[int, Tensor]:
                 f" at {term.site!r}, positions {term.positions!r}, vectors {list(term.vectors.shape)}"
             )
         for layer, vector in zip(term.layers, term.vectors):
-            if layer < 1:
-                raise InputError(
-                    f"llama.cpp never steers layer 0, but {steerer.name!r} has a vector there; choose other layers"
-                )
+            if layer < 0:
+                raise InputError(f"a file needs layers counted from the front, but {steerer.name!r} has layer {layer}")
             out[layer] = out.get(layer, torch.zeros_like(vector, dtype=torch.float32)) + vector.float() * term.strength
     if not out:
         raise InputError(f"{steerer.name!r} has no vectors to write")
