@@ -23,7 +23,7 @@ def to_gguf(steerer: Steerer, path: str | Path, model_hint: str = "") -> Path:
     llama.cpp adds it to the residual stream after block N at every position. Raises InputError for what the format
     cannot say: other sites or positions, vectors per row, or layer 0, which llama.cpp never touches.
     """
-    vectors = _by_layer(steerer)
+    vectors = residual_vectors(steerer)
     if min(vectors) < 1:
         raise InputError(
             f"llama.cpp never steers layer 0, but {steerer.name!r} has a vector there; choose other layers"
@@ -36,7 +36,7 @@ def to_easysteer(steerer: Steerer, path: str | Path, model_hint: str = "") -> Pa
 
     EasySteer adds "direction.N" to the output of decoder layer N, counted from 0. Raises InputError as `to_gguf`.
     """
-    return _write(_by_layer(steerer), Path(path), model_hint or _hint(steerer))
+    return _write(residual_vectors(steerer), Path(path), model_hint or _hint(steerer))
 
 
 def _write(vectors: dict[int, Tensor], path: Path, model_hint: str) -> Path:
@@ -80,7 +80,8 @@ def from_gguf(path: str | Path, name: str | None = None) -> Steerer:
     return Steerer((term,), name or Path(path).stem, provenance={"format": "gguf control vector"})
 
 
-def _by_layer(steerer: Steerer) -> dict[int, Tensor]:
+def residual_vectors(steerer: Steerer) -> dict[int, Tensor]:
+    """Vectors [d_model] by layer, strength included; raises InputError for what is not constant at resid_post."""
     out: dict[int, Tensor] = {}
     for term in steerer.terms:
         if term.site != "resid_post" or term.positions != "all" or term.vectors.dim() != 2:
@@ -90,7 +91,7 @@ def _by_layer(steerer: Steerer) -> dict[int, Tensor]:
             )
         for layer, vector in zip(term.layers, term.vectors):
             if layer < 0:
-                raise InputError(f"a file needs layers counted from the front, but {steerer.name!r} has layer {layer}")
+                raise InputError(f"other engines count layers from the front, but {steerer.name!r} has layer {layer}")
             out[layer] = out.get(layer, torch.zeros_like(vector, dtype=torch.float32)) + vector.float() * term.strength
     if not out:
         raise InputError(f"{steerer.name!r} has no vectors to write")
