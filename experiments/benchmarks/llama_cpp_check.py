@@ -63,13 +63,13 @@ def measure(model: Any, prompts: list[list[int]], happy: Steerer) -> dict[str, A
             shifts[moved] = [steered - before for steered, before in zip(engine.logits(prompts), plain)]
     by_prompt = [_pearson(a, b) for a, b in zip(shifts[0], wanted)]
     return {
-        "what": "logit shifts after the last token, llama.cpp against our hook: Pearson correlation over the vocabulary",
+        "what": "logit shifts after the last token, llama.cpp against our hook: Pearson over the vocabulary",
         "model": "gemma-3-270m, Q4_K_M in llama.cpp, the same weights dequantised to float32 here",
         "llama_cpp_python": version("llama-cpp-python"),
         "vector": f"happy minus sad sentences at layers {LAYERS}, {STRENGTH} of the residual norm at each",
         "prompts": len(prompts),
         "mean": _mean(by_prompt),
-        "lowest": min(by_prompt),
+        "lowest": round(min(by_prompt), 4),
         "slope": _mean(float(a @ b / (b @ b)) for a, b in zip(shifts[0], wanted)),
         "mean_one_layer_earlier": _mean(map(_pearson, shifts[-1], wanted)),
         "mean_one_layer_later": _mean(map(_pearson, shifts[1], wanted)),
