@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers
 import zoo
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from emocircuits.errors import HookError, InputError
 from emocircuits.models.anatomy import resolve
@@ -70,12 +72,12 @@ def test_only_the_switches_that_are_needed_are_turned_on(tmp_path) -> None:
 
 
 def test_half_precision_and_a_tokenizer(tmp_path) -> None:
-    class Tokenizer:
+    class Saved:
         def save_pretrained(self, folder) -> None:
             (folder / "tokenizer.json").write_text("{}")
 
     model = zoo.build("llama").bfloat16()
-    folder = bake(steerer(model, "resid_post"), model, tmp_path / "x", Tokenizer())
+    folder = bake(steerer(model, "resid_post"), model, tmp_path / "x", Saved())
     assert (folder / "tokenizer.json").exists()
     assert transformers.AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
 
@@ -130,3 +132,19 @@ def test_an_architecture_that_scales_its_biases_is_found_out(tmp_path) -> None:
     with pytest.raises(HookError, match="logits differ"):
         bake(steerer(model, "resid_post"), model, tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_on_disk_is_baked_by_name(tmp_path) -> None:
+    """The command line's way, with everything real but the tokenizer."""
+    from emocircuits.steering.formats import write_steerer
+
+    model = zoo.build("llama")
+    fear = steerer(model, "resid_post")
+    model.save_pretrained(tmp_path / "plain")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
+    tokenizer.save_pretrained(tmp_path / "plain")
+    folder = write_steerer(fear, tmp_path / "baked", "baked", str(tmp_path / "plain"))
+    baked = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with fear.attach(model):
+        torch.testing.assert_close(logits("llama", baked), logits("llama", model), atol=1e-5, rtol=1e-5)
+    assert (folder / "tokenizer.json").exists()

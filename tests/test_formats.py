@@ -163,6 +163,9 @@ def test_files_by_format(tmp_path) -> None:
     assert read_steerer(tmp_path / "p.pt", "persona", [0]).terms[0].layers == (0,)
     with pytest.raises(InputError, match="unknown layer 2; choose from 1, 3"):
         read_steerer(tmp_path / "fear.pt", "steering-vectors", [2])
+    assert read_steerer(tmp_path / "fear.pt", "steering-vectors", site="mlp_out").terms[0].site == "mlp_out"
+    with pytest.raises(InputError, match="unknown site of steering-vectors 'z'"):
+        read_steerer(tmp_path / "fear.pt", "steering-vectors", site="z")
     with pytest.raises(InputError, match="unknown format"):
         read_steerer(tmp_path / "fear.pt", "onnx")
 

@@ -33,12 +33,10 @@ def bake(steerer: Steerer, model: Any, path: str | Path, tokenizer: Any = None, 
     the architecture has no such bias on a plain load, or the comparison fails.
     """
     module: Any = unwrap(model)
-    path = Path(path).expanduser()
+    path = require_free(path)
     _require_plain(module)
     steerer.check(module)
     added = _biases(steerer, module, resolve(module))
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} is not an empty folder; choose another place for the baked model")
     skeleton = _with_biases(module, set(added))
     skeleton.load_state_dict(_state(module, skeleton, added), assign=True)
     skeleton.tie_weights()
@@ -55,6 +53,14 @@ def bake(steerer: Steerer, model: Any, path: str | Path, tokenizer: Any = None, 
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def require_free(path: str | Path) -> Path:
+    """The path of a folder to be made; raises InputError when something is there already."""
+    path = Path(path).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} is not an empty folder; choose another place for the baked model")
     return path
 
 

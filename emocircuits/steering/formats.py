@@ -1,4 +1,4 @@
-"""Vectors of other tools as steerers: what they call a layer and a place, said in our words.
+"""Files of other tools, in and out: what they call a layer and a place, said in our words.
 
 | source | its index | becomes |
 |---|---|---|
@@ -34,31 +34,55 @@ HOOKS = {
     **{f"attn.hook_{site}": site for site in HEAD_SITES},
     "mlp.hook_post": "mlp_post",
 }
-FORMATS = ("gguf", "steering-vectors", "persona", "array")
+IMPORTS = ("gguf", "steering-vectors", "persona", "array")
+EXPORTS = ("safetensors", "gguf", "easysteer", "baked")
 
 
 def read_steerer(
     path: str | Path, kind: str, layers: Sequence[int] = (), site: str = "resid_post", name: str | None = None
 ) -> Steerer:
-    """A steerer from a file of one of FORMATS; `layers` chooses rows (persona) or says what the rows are (array).
+    """A steerer from a file of one of IMPORTS; `layers` chooses among its layers, or says which an array's rows are.
 
     Raises InputError for an unknown format or missing layers, ArtefactError for a file that holds something else.
     """
-    if kind not in FORMATS:
-        raise unknown("format", kind, FORMATS)
+    if kind not in IMPORTS:
+        raise unknown("format", kind, IMPORTS)
     name = name or Path(path).stem
     if kind == "gguf":
         from .export import from_gguf
 
         return _only(from_gguf(path, name), layers)
     if kind == "steering-vectors":
-        return _only(from_steering_vectors(path, name=name), layers)
+        types = {ours: theirs for theirs, ours in LAYER_TYPES.items()}
+        if site not in types:
+            raise unknown("site of steering-vectors", site, types)
+        return _only(from_steering_vectors(path, layer_type=types[site], name=name), layers)
     if kind == "persona":
         return from_persona(path, layers, name=name)
     found = read_tensors(path)
     if isinstance(found, Mapping):
         return _only(from_hooks({str(key): value for key, value in found.items()}, name=name), layers)
     return from_array(found, layers, site, name=name)
+
+
+def write_steerer(steerer: Steerer, path: str | Path, kind: str, model: str | None = None) -> Path:
+    """Write a steerer in one of EXPORTS; "baked" needs a model's name. Raises InputError before that is loaded."""
+    if kind not in EXPORTS:
+        raise unknown("format", kind, EXPORTS)
+    if kind == "safetensors":
+        return steerer.save(path)
+    if kind != "baked":
+        from .export import to_easysteer, to_gguf
+
+        return (to_gguf if kind == "gguf" else to_easysteer)(steerer, path)
+    if model is None:
+        raise InputError("a baked folder holds the whole model; name it (model=, or --model)")
+    from ..models.load import load
+    from .bake import bake, require_free
+
+    require_free(path)
+    loaded = load(model)
+    return bake(steerer, loaded.model, path, loaded.tokenizer)
 
 
 def from_array(
