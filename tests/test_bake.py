@@ -148,3 +148,12 @@ def test_a_model_on_disk_is_baked_by_name(tmp_path) -> None:
     with fear.attach(model):
         torch.testing.assert_close(logits("llama", baked), logits("llama", model), atol=1e-5, rtol=1e-5)
     assert (folder / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("name", ["llava", "voxtral"])
+def test_the_text_tower_of_a_multimodal_model_is_baked(tmp_path, name: str) -> None:
+    model = zoo.build(name)
+    fear, inputs = steerer(model, "resid_post"), zoo.multimodal_inputs(name, model)
+    baked = type(model).from_pretrained(bake(fear, model, tmp_path / "x"))
+    with torch.no_grad(), fear.attach(model):
+        torch.testing.assert_close(baked(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)

@@ -242,3 +242,9 @@ def test_a_pickled_steering_vector_object_names_what_it_asks_for(tmp_path) -> No
         read_tensors(tmp_path / "v.pt")
     torch.save(torch.nn.Parameter(noise(3, 4)), tmp_path / "p.pt")
     assert not isinstance(read_tensors(tmp_path / "p.pt"), dict)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_are_read(tmp_path, dtype: torch.dtype) -> None:
+    torch.save(noise(5, 32).to(dtype), tmp_path / "p.pt")
+    assert from_persona(tmp_path / "p.pt", 2).terms[0].vectors.dtype == torch.float32
