@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     _steer_parser(verbs)
     _evaluate_parser(verbs)
     _exchange_parsers(verbs)
+    _card_parser(verbs)
     return top
 
 
@@ -108,6 +109,19 @@ def _steer_parser(verbs: argparse._SubParsersAction) -> None:
     steer.add_argument("--batch-size", type=int, default=16)
     steer.add_argument("--seed", type=int, default=0)
     steer.set_defaults(run=run_steer)
+
+
+def _card_parser(verbs: argparse._SubParsersAction) -> None:
+    card = _verb(
+        verbs, "card", "measure what a steerer does and what it costs", "emocircuits card fear.safetensors --model demo"
+    )
+    card.add_argument("steerer", type=Path, help="steerer file; the card is written into it, too")
+    card.add_argument("--model", default="demo", help="hub id, folder, GGUF file or 'demo' (Gemma-3-270M)")
+    card.add_argument("--emotion", help="what it should express (default: the steerer's name)")
+    card.add_argument("--scenarios", type=int, default=8, help="held-out scenarios per strength")
+    card.add_argument("--output", type=Path, help="Markdown file (default: beside the steerer, .md, and an .svg)")
+    card.add_argument("--seed", type=int, default=0)
+    card.set_defaults(run=run_card)
 
 
 def _evaluate_parser(verbs: argparse._SubParsersAction) -> None:
@@ -288,6 +302,29 @@ def run_import(args: argparse.Namespace) -> None:
     steerer = read_steerer(args.file, args.format, parse_layers(args.layer) if args.layer else (), args.site)
     where = "; ".join(f"{t.site} of layers {', '.join(map(str, t.layers))}" for t in steerer.terms)
     _say(f"{where}: {steerer.save(args.output)}")
+
+
+def run_card(args: argparse.Namespace) -> None:
+    """`emocircuits card`"""
+    from dataclasses import replace
+
+    from .card import measure, write_card
+    from .demo import bars
+    from .models.load import load
+    from .steering import Steerer
+
+    output = args.output or args.steerer.with_suffix(".md")
+    steerer = Steerer.load(args.steerer)
+    _writable(output)
+    model, tokenizer = load(args.model)
+    with bars() as progress:
+        cost = measure(
+            steerer, model, tokenizer, args.emotion or steerer.name, n_scenarios=args.scenarios, seed=args.seed,
+            progress=progress,
+        )  # fmt: skip
+    made = replace(steerer, cost=cost)
+    made.save(args.steerer)
+    _say(f"cost card: {write_card(made, output)}")
 
 
 def parse_layers(text: str) -> list[int]:

@@ -30,7 +30,7 @@ from .models.fingerprint import fingerprint
 from .models.load import Loaded, load
 from .reading import Example, Features, read, residual_norms
 from .runs import Run
-from .steering.steerer import Steerer, Term
+from .steering import Steerer
 
 if TYPE_CHECKING:
     from .circuit_study import CircuitPlan
@@ -233,9 +233,7 @@ class Demo:
 
     def random_steerer(self, emotion: str) -> Steerer:
         """The control: a random direction at the same layers with the same norms."""
-        real = self.steerer(emotion)
-        generator = torch.Generator().manual_seed(self.plan.seed * 1000 + self.plan.emotions.index(emotion))
-        return Steerer(tuple(_randomised(t, generator) for t in real.terms), f"random ({emotion})", real.fingerprint)
+        return self.steerer(emotion).randomised(self.plan.seed * 1000 + self.plan.emotions.index(emotion))
 
     def texts(self) -> list[dict[str, Any]]:
         """Held-out texts of all four methods, with verdicts; each method is a stage of its own."""
@@ -320,12 +318,6 @@ def spread(scenarios: ScenarioSet, n: int | None) -> ScenarioSet:
 def evenly(total: int, n: int) -> list[int]:
     """n of `total` places, spread over them."""
     return [round(i) for i in np.linspace(0, total - 1, n)]
-
-
-def _randomised(term: Term, generator: torch.Generator) -> Term:
-    noise = torch.randn(term.vectors.shape, generator=generator)
-    vectors = torch.nn.functional.normalize(noise, dim=-1) * term.vectors.norm(dim=-1, keepdim=True)
-    return Term(term.site, term.layers, vectors, term.strength, term.positions)
 
 
 def _nan(row: dict[str, Any]) -> dict[str, Any]:

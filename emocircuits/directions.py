@@ -19,7 +19,7 @@ from . import artefact
 from .data.emotions import EKMAN6
 from .errors import HookError, InputError, unknown
 from .reading import Features
-from .steering.steerer import Steerer, Term
+from .steering import SkipFirst, Steerer, Term
 
 KIND = "directions"
 METHODS = ("diff_means", "lda", "logistic")
@@ -111,6 +111,30 @@ class DirectionSet:
         term = Term(self.site, used, vectors, float(strength), positions)
         made = {"method": self.method, "position": self.position, **self.provenance}
         return Steerer((term,), emotion, self.fingerprint, None, made)
+
+    def limiter(
+        self,
+        emotion: str,
+        mode: str = "remove",
+        level: float = 0.0,
+        layers: int | Sequence[int] | None = None,
+        *,
+        strength: float = 1.0,
+        positions: str = "all",
+    ) -> Steerer:
+        """A steerer that puts the component along the emotion to `level` ("remove"), or bounds it ("cap", "floor").
+
+        level: in residual norms from the mean over all emotions, so that "remove" at 0 takes out what the emotion adds
+        and leaves what all texts share. strength: share of the way there. Layers default to all read layers. The first
+        token of every row is left alone, see `SkipFirst`.
+        """
+        row, slots = self.index(emotion), self.slots(layers)
+        vectors = self.units[row, slots]
+        levels = (self.center[slots] * vectors).sum(-1) + level * self.norms[slots]
+        used = tuple(self.layers[s] for s in slots)
+        term = Term(self.site, used, vectors, float(strength), positions, mode=mode, levels=levels, control=SkipFirst())
+        made = {"method": self.method, "position": self.position, "level": level, **self.provenance}
+        return Steerer((term,), f"{mode} {emotion}", self.fingerprint, None, made)
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with a JSON header; atomic."""

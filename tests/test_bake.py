@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 
 from emocircuits.errors import HookError, InputError
 from emocircuits.models.anatomy import resolve
-from emocircuits.steering import Steerer, Term
+from emocircuits.steering import Ramp, Steerer, Term
 from emocircuits.steering.bake import bake
 
 BAKED = [
@@ -109,6 +109,8 @@ def test_what_is_not_constant_is_refused(tmp_path) -> None:
         (fear.at("generated"), "positions 'generated'"),
         (Steerer.rows([fear, None]), "vectors per row"),
         (0.0 * fear, "nothing to bake"),
+        (fear.when(Ramp(0, 1, 5)), "changes its strength as it goes"),
+        (steerer(model, "resid_post", mode="cap"), "removes or bounds a component"),
     ):
         with pytest.raises(InputError, match=words):
             bake(made, model, tmp_path / "x")

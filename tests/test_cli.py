@@ -24,7 +24,10 @@ def test_neither_import_nor_help_loads_torch() -> None:
     assert run_python(code).strip() == "False"
 
 
-@pytest.mark.parametrize("verb", ["demo", "models", "directions", "circuit", "steer", "evaluate", "export", "import"])
+VERBS = ["demo", "models", "directions", "circuit", "steer", "evaluate", "card", "export", "import"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_shows_an_example(verb: str, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])

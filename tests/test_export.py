@@ -8,7 +8,7 @@ import zoo
 
 from emocircuits.activations import capture
 from emocircuits.errors import ArtefactError, InputError
-from emocircuits.steering import Steerer, Term
+from emocircuits.steering import Ramp, Steerer, Term
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 from emocircuits.steering.export import from_gguf, to_easysteer, to_gguf  # noqa: E402
@@ -48,6 +48,8 @@ def test_the_file_is_what_llama_cpp_reads(tmp_path) -> None:
         (lambda: Steerer((Term("mlp_out", (1,), torch.ones(1, 32)),), "x"), "term at 'mlp_out'"),
         (lambda: Steerer.rows([steerer(), None]), "vectors"),
         (lambda: Steerer((), "empty"), "no vectors"),
+        (lambda: steerer().when(Ramp(0, 1, 5)), "changes its strength as it goes"),
+        (lambda: steerer(mode="remove"), "does 'remove'"),
         (lambda: steerer((1, -1)), "layer -1"),
     ],
 )

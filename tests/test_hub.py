@@ -8,6 +8,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from huggingface_hub import ModelCard, constants
 
 from emocircuits.errors import ArtefactError, InputError
 from emocircuits.models.fingerprint import fingerprint
-from emocircuits.steering import Steerer, Term
+from emocircuits.steering import Ramp, Steerer, Term
 from emocircuits.steering.hub import pull, push
 
 COMMIT = "a" * 40
@@ -115,9 +116,39 @@ def test_a_local_folder_holds_the_file_and_the_card(tmp_path) -> None:
     data = ModelCard(text).data
     assert (data.license, data.base_model, data.library_name) == ("cc-by-4.0", "org/tiny", "emocircuits")
     assert "emocircuits" in data.tags
-    for words in ("# fear", "Held out: yes.", "| resid_post | 1, 2 | 0.5 | all |", "0.746", "a\\|b", '{"median": 25}'):
+    for words in (
+        "# fear",
+        "Held out: yes.",
+        "| add | resid_post | 1, 2 | 0.5 | all |",
+        "0.746",
+        "a\\|b",
+        '{"median": 25}',
+    ):
         assert words in text
     assert "What it costs" not in card_of(push(steerer(), tmp_path / "plain"))
+
+
+def test_a_measured_cost_card_comes_with_its_plot(tmp_path) -> None:
+    rate = {"estimate": 0.5, "low": 0.4, "high": 0.6}
+    numbers = {"perplexity": 9.0, "repetition": 0.1, "kl_on_neutral": 0.2, "capability": 0.9, "example": "Run!"}
+    cell = {"coherent": rate, "expression": rate, "degenerate": rate, **numbers}
+    cells = [{"method": "none", "dose": 0.0, **cell}, {"method": "steered", "dose": 1.0, **cell}]
+    cost = {
+        "emotion": "fear",
+        "model": "tiny",
+        "strength": 0.5,
+        "n_scenarios": 8,
+        "judge": "j",
+        "seed": 0,
+        "cells": cells,
+    }
+    folder = push(steerer(cost=cost).when(Ramp(0, 1, 4)), tmp_path / "plain")
+    assert "cost.svg" not in card_of(folder)  # with another control it has to be measured again
+    folder = push(replace(steerer(cost=cost).when(Ramp(0, 1, 4)), cost=cost), tmp_path / "fear")
+    text = card_of(folder)
+    for words in ("\n# fear\n", "\n## fear: what it does and what it costs\n", "](cost.svg)", "all, Ramp |", "Run!"):
+        assert words in text
+    assert (tmp_path / "fear" / "cost.svg").read_text().startswith("<svg")
 
 
 def card_of(folder: str) -> str:

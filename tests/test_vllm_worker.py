@@ -13,7 +13,7 @@ from torch import nn
 
 from emocircuits.activations import capture
 from emocircuits.errors import ArtefactError, HookError, InputError
-from emocircuits.steering import Steerer, Term
+from emocircuits.steering import Ramp, Steerer, Term
 from emocircuits.steering.vllm_worker import SteerWorker, decoder_layers, hook_layers
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -117,6 +117,8 @@ def test_refusals(tmp_path) -> None:
     for made, kind, words in (
         (steerer("mlp_out"), InputError, "term at 'mlp_out'"),
         (steerer(positions="last"), InputError, "positions 'last'"),
+        (steerer(mode="floor"), InputError, "does 'floor'"),
+        (steerer().when(Ramp(0, 1, 5)), InputError, "changes its strength"),
         (steerer(layers=(7,)), InputError, "layer 7, but this model has 4"),
         (steerer(width=16), ArtefactError, "width 16"),
     ):

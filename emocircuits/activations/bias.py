@@ -32,7 +32,7 @@ def constant_add(edit: Edit, model: nn.Module, anatomy: Anatomy) -> bool:
     from .edits import Add
 
     path = _linear(edit, anatomy)
-    if path is None or not isinstance(edit, Add) or edit.positions != "all":
+    if path is None or not isinstance(edit, Add) or edit.positions != "all" or edit.control is not None:
         return False
     linear = model.get_submodule(path)
     plain = type(linear) is nn.Linear and not hasattr(linear, "_hf_hook") and linear.weight.is_floating_point()

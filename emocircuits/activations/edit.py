@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from threading import get_ident
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from ..errors import HookError, InputError, unknown
 from ..models.anatomy import Anatomy, resolve, unwrap
 from . import forward as fw
-from .edits import HEAD_SITES, POSITIONS, Ablate, Clamp, Edit
+from .control import Control, Pace, factor_of, show
+from .edits import HEAD_SITES, POSITIONS, SIDES, Ablate, Clamp, Edit, Project
+from .ownership import holding
 from .sites import check_site, expand_layers
 
 
@@ -33,6 +36,8 @@ def check(edits: Sequence[Edit], anatomy: Anatomy) -> None:
         if isinstance(edit.positions, str) and edit.positions not in POSITIONS:
             raise unknown("positions", edit.positions, (*POSITIONS, "(start, stop) spans per row"))
         _check_values(edit)
+        if isinstance(edit, Project) and edit.side not in SIDES:
+            raise unknown("side", edit.side, SIDES)
         if isinstance(edit, Ablate):
             if edit.mode not in ("zero", "mean", "resample"):
                 raise unknown("ablation mode", edit.mode, ("zero", "mean", "resample"))
@@ -58,7 +63,7 @@ def _check_width(edit: Edit, anatomy: Anatomy) -> None:
     width = anatomy.head_dim if edit.site in HEAD_SITES else len(edit.units or ()) or anatomy.n_units(edit.site)
     for name in edit.tensors:
         value = getattr(edit, name)
-        if not isinstance(value, Tensor) or name in ("coefficient", "target") or value.dim() == 0:
+        if not isinstance(value, Tensor) or name in ("coefficient", "target", "amount") or value.dim() == 0:
             continue
         if value.shape[-1] not in (width, 1):
             raise InputError(
@@ -72,14 +77,19 @@ def _check_width(edit: Edit, anatomy: Anatomy) -> None:
 class _Compiled:
     """The edits of one module tensor, in order, as one hook function."""
 
-    def __init__(self, point_edits: list[tuple[Any, int, Edit]], tracker: fw.ForwardTracker, fired: set[int]) -> None:
-        self.items, self.tracker, self.fired = point_edits, tracker, fired
+    def __init__(
+        self, point_edits: list[tuple[Any, int, Edit]], tracker: fw.ForwardTracker, fired: set[int],
+        paces: dict[Control, Pace],
+    ) -> None:  # fmt: skip
+        self.items, self.tracker, self.fired, self.paces = point_edits, tracker, fired, paces
         self._moved: dict[tuple[int, torch.device, torch.dtype], Edit] = {}
         # What enters the MLP's norm is also what the block adds the MLP to: replacing it would leave the stream behind.
         self.in_place = any(e.site == "resid_mid" for _, _, e in point_edits)
         self._units = {i: torch.as_tensor(e.units) for _, i, e in point_edits if e.units is not None}
 
     def __call__(self, x: Tensor) -> Tensor | None:
+        if self.tracker.elsewhere:
+            return None
         changed, stream = False, x
         x = x.clone() if self.in_place else x
         for point, number, edit in self.items:
@@ -98,14 +108,21 @@ class _Compiled:
     def _edited(self, number: int, edit: Edit, view: Tensor, mask: Tensor | None) -> Tensor:
         edit = self._on_device(number, edit, view)
         if edit.units is None:
-            new = edit.transform(view).to(view.dtype)
+            new = self._paced(edit, view, edit.transform(view)).to(view.dtype)
             return new if mask is None else torch.where(_expand(mask, new), new, view)
         units = self._units[number].to(view.device)
         dim = 2
         old = view.index_select(dim, units)
-        new = edit.transform(old)
+        new = self._paced(edit, old, edit.transform(old))
         new = new if mask is None else torch.where(_expand(mask, new), new, old)
         return view.index_copy(dim, units, new.to(view.dtype))
+
+    def _paced(self, edit: Edit, old: Tensor, new: Tensor) -> Tensor:
+        """As far from old to new as the edit's control says in this pass."""
+        if edit.control is None:
+            return new
+        factor = factor_of(self.paces[edit.control], self.tracker.current, old.device).to(old.dtype)
+        return old + _expand(factor, old) * (new - old)
 
     def _on_device(self, number: int, edit: Edit, x: Tensor) -> Edit:
         """The edit with its tensors on x's device and dtype, kept for the next call."""
@@ -176,22 +193,32 @@ def _expand(mask: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def edit(model: Any, edits: Edit | Sequence[Edit], *, compile_to: str = "auto", strict: bool = True) -> Iterator[None]:
+def edit(
+    model: Any,
+    edits: Edit | Sequence[Edit],
+    *,
+    compile_to: str = "auto",
+    strict: bool = True,
+    this_thread: bool = False,
+) -> Iterator[None]:
     """Apply edits to every forward pass inside the block; afterwards the model is bit-identical to before.
 
     compile_to: "auto" turns constant adds to a sublayer's output into biases where nothing can tell the difference,
     "hook" never does, "bias" insists, also at resid_post, where mlp_out then holds the vector too (HookError where
     the architecture has no such bias). strict: raise HookError after the block for an edit that never applied.
+    this_thread: only passes that the calling thread runs are edited, so that several threads can edit one model at
+    once; without it a second thread is refused with a HookError.
     Works under generate() with KV cache and beams, autocast, torch.compile, device_map, and with gradients.
     """
     module, edits = unwrap(model), [edits] if isinstance(edits, Edit) else list(edits)
-    installed = Installed(model, module, edits, compile_to)
-    try:
-        yield
-    except BaseException:
+    with holding(module, this_thread):
+        installed = Installed(model, module, edits, compile_to, get_ident() if this_thread else None)
+        try:
+            yield
+        except BaseException:
+            installed.remove()
+            raise
         installed.remove()
-        raise
-    installed.remove()
     if strict:
         installed.check_fired()
 
@@ -199,13 +226,16 @@ def edit(model: Any, edits: Edit | Sequence[Edit], *, compile_to: str = "auto", 
 class Installed:
     """Edits in place on a model until `remove()`; the mechanism behind `edit` and `Steerer.install`."""
 
-    def __init__(self, model: Any, module: nn.Module, edits: list[Edit], compile_to: str = "auto") -> None:
+    def __init__(
+        self, model: Any, module: nn.Module, edits: list[Edit], compile_to: str = "auto", thread: int | None = None
+    ) -> None:
         if compile_to not in ("auto", "hook", "bias"):
             raise unknown("compile_to", compile_to, ("auto", "hook", "bias"))
         anatomy = resolve(module)
         check(edits, anatomy)
         self.edits, self.fired = edits, set[int]()
-        self.tracker = fw.ForwardTracker(module, anatomy)
+        self.tracker = fw.ForwardTracker(module, anatomy, thread)
+        self.paces = {e.control: Pace(e.control) for e in edits if e.control is not None}
         self._stack = ExitStack()
         try:
             self._install(model, module, anatomy, compile_to)
@@ -219,7 +249,9 @@ class Installed:
 
         numbered = list(enumerate(self.edits))
         as_bias: set[int] = set()
-        if compile_to == "auto":
+        if self.tracker.thread is not None and compile_to == "bias":
+            raise HookError("a bias changes the model for every thread; use compile_to='hook' with this_thread=True")
+        if compile_to == "auto" and self.tracker.thread is None:
             as_bias = indistinguishable(numbered, module, anatomy)
         elif compile_to == "bias":
             as_bias = {i for i, e in numbered if constant_add(e, module, anatomy)}
@@ -240,8 +272,22 @@ class Installed:
         self._stack.enter_context(add_biases(module, anatomy, [e for i, e in numbered if i in as_bias]))
         self.fired |= as_bias
         for (path, io), items in hooked.items():
-            handle = fw.hook_point(module.get_submodule(path), io, _Compiled(items, self.tracker, self.fired))
-            self._stack.callback(handle.remove)
+            compiled = _Compiled(items, self.tracker, self.fired, self.paces)
+            self._stack.callback(fw.hook_point(module.get_submodule(path), io, compiled).remove)
+        for pace in self.paces.values():  # after the edits, so that they read what the next layer reads
+            self._watch(module, anatomy, pace)
+
+    def _watch(self, module: nn.Module, anatomy: Anatomy, pace: Pace) -> None:
+        """Show a control the activation it steers by."""
+        if pace.control.watch is None:
+            return
+        point = anatomy.point(*pace.control.watch)
+
+        def observe(x: Tensor) -> None:
+            if not self.tracker.elsewhere:
+                show(pace, self.tracker.current, point.read(x))
+
+        self._stack.callback(fw.hook_point(module.get_submodule(point.module), point.io, observe).remove)
 
     def remove(self) -> None:
         """Take everything off the model again; safe to call twice."""

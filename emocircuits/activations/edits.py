@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .control import Control
 
 POSITIONS = ("all", "prompt", "generated", "last")
 HEAD_SITES = ("q", "k", "v", "z")
+SIDES = ("both", "above", "below")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,7 +23,8 @@ class Edit:
 
     units: heads at q/k/v/z, else dimensions or neurons; None means all. positions: "all", "prompt", "generated",
     "last" (the last token of each forward pass), or (start, stop) spans per row. rows: batch rows to edit, None
-    means all. Tensors with a leading batch dimension hold one value per row. Under beam search or several return
+    means all. control: how much of the edit applies, by row and token (see `control.Control`); None means all of it.
+    Tensors with a leading batch dimension hold one value per row. Under beam search or several return
     sequences, rows are those of the batch given to generate(), and each stands for all its repeats.
     """
 
@@ -30,6 +33,7 @@ class Edit:
     units: Sequence[int] | None = None
     positions: str | Sequence[Any] = "all"
     rows: Sequence[int] | None = None
+    control: Control | None = None
 
     def transform(self, x: Tensor) -> Tensor:  # noqa: ARG002
         """New values of x [B, T, width] (head sites: [B, T, heads, head_dim]); `units` are already selected."""
@@ -53,6 +57,13 @@ def _rowwise(value: Tensor | float, x: Tensor, per_row_dim: int) -> Tensor | flo
             raise InputError(f"the edit holds values for {value.shape[0]} rows, but the batch has {x.shape[0]}")
         value = value.repeat_interleave(x.shape[0] // value.shape[0], dim=0)
     return value[:, None]
+
+
+def _per_row(value: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number, or one number per row [B], as it broadcasts over x [B, T, ...]."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    return _rowwise(value.reshape(-1, *(1,) * (x.dim() - 2)), x, x.dim() - 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,25 +110,25 @@ class Scale(Edit):
 class Project(Edit):
     """Move the component along `direction` [width] or [B, width] to `target` (0 removes it), by share `amount`.
 
-    target: number or [B].
+    target, amount: number or [B]. side: "both", or only what is "above" the target (a cap) or "below" it (a floor).
     """
 
     direction: Tensor
     target: float | Tensor = 0.0
-    amount: float = 1.0
+    amount: float | Tensor = 1.0
+    side: str = "both"
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        return ("direction", "target")
+        return ("direction", "target", "amount")
 
     def transform(self, x: Tensor) -> Tensor:
-        unit = nn.functional.normalize(self.direction, dim=-1)
-        unit = _rowwise(unit, x, x.dim() - 1)
-        target = self.target
-        if isinstance(target, Tensor) and target.dim():
-            target = _rowwise(target.reshape(-1, *(1,) * (x.dim() - 2)), x, x.dim() - 1)
-        component = (x * unit).sum(-1, keepdim=True)
-        return x + self.amount * (target - component) * unit
+        unit = _rowwise(nn.functional.normalize(self.direction, dim=-1), x, x.dim() - 1)
+        target, amount = (_per_row(v, x) for v in (self.target, self.amount))
+        move = target - (x * unit).sum(-1, keepdim=True)
+        if self.side != "both":
+            move = move.clamp(max=0) if self.side == "above" else move.clamp(min=0)
+        return x + amount * move * unit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

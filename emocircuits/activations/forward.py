@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, TypeAlias
 
 import torch
@@ -33,6 +34,9 @@ class Forward:
     """Columns that belong to the prompt; later ones were generated."""
     repeats: int = 1
     """Consecutive rows of this pass that are one row of the batch generate() was given (beams, return sequences)."""
+    ids: Tensor | None = None
+    """[B, length] token ids of this pass, None when the model was given embeddings only."""
+    beams: int = 1
 
     @property
     def is_prompt(self) -> bool:
@@ -64,11 +68,13 @@ class Forward:
 class ForwardTracker:
     """Keeps `current` up to date through pre-hooks on the model and on its decoder."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
-        self.model, self.decoder = model, model.get_submodule(anatomy.decoder)
+    def __init__(self, model: nn.Module, anatomy: Anatomy, thread: int | None = None) -> None:
+        """thread: follow only the passes that this thread runs (see `activations.ownership`)."""
+        self.model, self.decoder, self.thread = model, model.get_submodule(anatomy.decoder), thread
         self.current: Forward | None = None
         self.count = 0
         self._outer_mask: Any = None
+        self._outer_ids: Any = None
         self._prompt_mask: Tensor | None = None
         self._signatures = {id(m): _positional_names(m) for m in (self.model, self.decoder)}
         self._calls: list[Prompt | None] = []
@@ -80,13 +86,22 @@ class ForwardTracker:
             handles.insert(0, self.model.register_forward_pre_hook(self._outer, with_kwargs=True))
         return [*handles, GenerateWatch(self.model, self)]
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the pass in progress belongs to a thread that is not followed."""
+        return self.thread is not None and self.thread != get_ident()
+
     def begin(self, prompt: Prompt | None) -> None:
         """A generate() starts on this prompt (None: it was given none)."""
+        if self.elsewhere:
+            return
         self._calls.append(prompt)
         self._previous = None
 
     def end(self) -> None:
         """The innermost generate() is over."""
+        if self.elsewhere:
+            return
         self._calls.pop()
         self._previous = None
 
@@ -94,9 +109,14 @@ class ForwardTracker:
         return dict(zip(self._signatures[id(module)], args)) | kwargs
 
     def _outer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._outer_mask = self._named(module, args, kwargs).get("attention_mask")
+        if self.elsewhere:
+            return
+        named = self._named(module, args, kwargs)
+        self._outer_mask, self._outer_ids = named.get("attention_mask"), named.get("input_ids")
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.elsewhere:
+            return
         named = self._named(module, args, kwargs)
         tokens = next((named[k] for k in TOKEN_NAMES if named.get(k) is not None), None)
         if tokens is None:
@@ -106,9 +126,12 @@ class ForwardTracker:
         call = self._calls[-1] if self._calls else None
         repeats = batch // call.rows if call is not None and batch % call.rows == 0 else 1
         prompt = self._guess_prompt(tokens, past, length) if call is None else call.columns
-        self.current = Forward(batch, length, past, mask, prompt, repeats)
+        ids = next((i for i in (named.get("input_ids"), self._outer_ids) if isinstance(i, Tensor)), None)
+        ids = ids if ids is not None and ids.shape == (batch, length) else None
+        beams = 1 if call is None else call.beams
+        self.current = Forward(batch, length, past, mask, prompt, repeats, ids, beams)
         self.count += 1
-        self._outer_mask = None
+        self._outer_mask = self._outer_ids = None
 
     def _key_mask(self, masks: tuple[Any, Any], batch: int, past: int, length: int) -> Tensor | None:
         """[B, past + length] True on real tokens, from the first mask that says it.

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Prompt:
-    """Rows and columns of the batch that generate() was given."""
+    """Rows and columns of the batch that generate() was given, and how many beams follow each row."""
 
     rows: int
     columns: int
+    beams: int = 1
 
 
 class Follower(Protocol):
@@ -61,7 +62,7 @@ def _watched(kind: Any) -> Any:
 
     @functools.wraps(kind.generate)
     def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-        told, prompt = list(followers), _prompt(args, kwargs)
+        told, prompt = list(followers), _prompt(model, args, kwargs)
         for follower in told:
             follower.begin(prompt)
         try:
@@ -74,7 +75,11 @@ def _watched(kind: Any) -> Any:
     return generate
 
 
-def _prompt(args: tuple, kwargs: dict[str, Any]) -> Prompt | None:
+def _prompt(model: Any, args: tuple, kwargs: dict[str, Any]) -> Prompt | None:
     given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1])
     tokens = next((t for t in given if isinstance(t, Tensor) and t.dim() >= 2 and t.shape[1]), None)
-    return None if tokens is None else Prompt(tokens.shape[0], tokens.shape[1])
+    if tokens is None:
+        return None
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+    return Prompt(tokens.shape[0], tokens.shape[1], int(beams))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..directions import DirectionSet
 from ..errors import InputError, unknown
-from ..steering.steerer import Steerer, Term
+from ..steering import Steerer, Term
 from .assemble import Circuit
 from .sublayers import attention_side, mlp_side
 from .units import Units

@@ -1,6 +1,9 @@
 """Steering modules: ``with steerer.attach(model): model.generate(...)``."""
 
 from . import migrations  # noqa: F401  (registers how older files are read)
-from .steerer import Steerer, Term
+from .controls import Both, Hold, Ramp, SkipFirst, Tags, Until, Window, tags
+from .meter import Meter
+from .steerer import Steerer
+from .term import Term
 
-__all__ = ["Steerer", "Term"]
+__all__ = ["Both", "Hold", "Meter", "Ramp", "SkipFirst", "Steerer", "Tags", "Term", "Until", "Window", "tags"]

@@ -69,7 +69,9 @@ def _biases(steerer: Steerer, model: nn.Module, anatomy: Anatomy) -> dict[str, T
     """What is added to the bias of which module, in float32."""
     added: dict[str, Tensor] = {}
     for edit in steerer.edits():
-        assert isinstance(edit, Add)
+        if not isinstance(edit, Add) or edit.control is not None:
+            how = "changes its strength as it goes" if isinstance(edit, Add) else "removes or bounds a component"
+            raise InputError(f"a baked model adds constant vectors, but {steerer.name!r} {how}; attach the steerer")
         delta = edit.delta()
         if edit.positions != "all" or delta.dim() != (2 if edit.site == "z" else 1):
             what = "vectors per row" if edit.positions == "all" else f"positions {edit.positions!r}"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtefactError, InputError, MissingPackageError
-from .steerer import Steerer, Term
+from .steerer import Steerer
+from .term import Term
 
 PREFIX = "direction."
 
@@ -84,11 +85,7 @@ def residual_vectors(steerer: Steerer) -> dict[int, Tensor]:
     """Vectors [d_model] by layer, strength included; raises InputError for what is not constant at resid_post."""
     out: dict[int, Tensor] = {}
     for term in steerer.terms:
-        if term.site != "resid_post" or term.positions != "all" or term.vectors.dim() != 2:
-            raise InputError(
-                f"a control vector is one vector per layer of resid_post at all positions; {steerer.name!r} has a term"
-                f" at {term.site!r}, positions {term.positions!r}, vectors {list(term.vectors.shape)}"
-            )
+        _require_constant(term, steerer.name)
         for layer, vector in zip(term.layers, term.vectors):
             if layer < 0:
                 raise InputError(f"other engines count layers from the front, but {steerer.name!r} has layer {layer}")
@@ -96,6 +93,17 @@ def residual_vectors(steerer: Steerer) -> dict[int, Tensor]:
     if not out:
         raise InputError(f"{steerer.name!r} has no vectors to write")
     return out
+
+
+def _require_constant(term: Term, name: str) -> None:
+    if term.mode != "add" or term.control is not None:
+        how = "changes its strength as it goes" if term.mode == "add" else f"does {term.mode!r}"
+        raise InputError(f"other engines add one constant vector per layer, but {name!r} {how}; attach it instead")
+    if term.site != "resid_post" or term.positions != "all" or term.vectors.dim() != 2:
+        raise InputError(
+            f"a control vector is one vector per layer of resid_post at all positions; {name!r} has a term"
+            f" at {term.site!r}, positions {term.positions!r}, vectors {list(term.vectors.shape)}"
+        )
 
 
 def _hint(steerer: Steerer) -> str:

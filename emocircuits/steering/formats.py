@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from torch import Tensor
 from ..activations.edits import HEAD_SITES
 from ..activations.sites import check_site
 from ..errors import ArtefactError, InputError, unknown
-from .steerer import Steerer, Term
+from .steerer import Steerer
 from .tensor_files import read_tensors
+from .term import Term
 
 LAYER_TYPES = {"decoder_block": "resid_post", "self_attn": "attn_out", "mlp": "mlp_out"}
 HOOKS = {
@@ -180,8 +182,7 @@ def _only(steerer: Steerer, layers: Iterable[int]) -> Steerer:
     for term in steerer.terms if wanted else ():
         rows = [i for i, layer in enumerate(term.layers) if layer in wanted]
         if rows:
-            layers_kept = tuple(term.layers[i] for i in rows)
-            kept.append(Term(term.site, layers_kept, term.vectors[rows], term.strength, term.positions, term.heads))
+            kept.append(replace(term, layers=tuple(term.layers[i] for i in rows), vectors=term.vectors[rows]))
     held = {layer for term in steerer.terms for layer in term.layers}
     if missing := sorted(wanted - held):
         raise unknown("layer", missing[0], sorted(held))

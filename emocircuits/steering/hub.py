@@ -15,8 +15,9 @@ from .. import artefact
 from ..errors import InputError
 from ..models.load import _hub_is_unreachable
 from .steerer import Steerer
+from .term import Term
 
-FILE, CARD = "steerer.safetensors", "README.md"
+FILE, CARD, PLOT = "steerer.safetensors", "README.md", "cost.svg"
 TAGS = ("emocircuits", "activation-steering", "emotion")
 
 
@@ -31,18 +32,24 @@ def push(
     revision: str | None = None,
     card_text: str = "",
 ) -> str:
-    """Upload steerer.safetensors and README.md in one commit; the address. A path ("./fear") gets the files instead.
+    """Upload steerer.safetensors, README.md and a measured cost card's plot in one commit; returns the address.
 
+    A path ("./fear") gets the files instead.
     `licence` is a hub licence id and is kept in the file too; `base_model` is the hub id of the steered model. Raises
     InputError, in one sentence, for what the hub or the disk refuses.
     """
     if not licence.strip():
         raise InputError("a published steerer needs a licence, such as 'mit' or 'cc-by-4.0'")
     steerer = replace(steerer, provenance={**steerer.provenance, "licence": licence}, _installed=None)
-    text = card(steerer, licence, base_model, card_text)
+    texts = {CARD: card(steerer, licence, base_model, card_text)}
+    if _measured(steerer):
+        from .._card_text import plot
+
+        texts[PLOT] = plot(steerer.cost or {})
     if folder := _folder(repo_id):
         steerer.save(folder / FILE)
-        artefact.write_text_atomic(folder / CARD, text)
+        for file, text in texts.items():
+            artefact.write_text_atomic(folder / file, text)
         return str(folder)
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -50,7 +57,8 @@ def push(
     with tempfile.TemporaryDirectory() as place, _said_plainly(name, revision):
         if _hub_is_unreachable():
             raise ConnectionError("its name does not resolve")
-        files = [CommitOperationAdd(FILE, steerer.save(Path(place) / FILE)), CommitOperationAdd(CARD, text.encode())]
+        files = [CommitOperationAdd(FILE, steerer.save(Path(place) / FILE))]
+        files += [CommitOperationAdd(file, text.encode()) for file, text in texts.items()]
         made = api.create_repo(name, private=private, exist_ok=True)
         if revision:
             api.create_branch(name, branch=revision, exist_ok=True)
@@ -81,7 +89,10 @@ def card(steerer: Steerer, licence: str, base_model: str | None = None, text: st
     metadata: dict[str, Any] = {"license": licence, "library_name": "emocircuits", "tags": list(TAGS)}
     metadata |= {"base_model": base_model} if base_model else {}
     made_for = (steerer.fingerprint or {}).get("name")
-    rows = [f"| {t.site} | {', '.join(map(str, t.layers))} | {t.strength:g} | {t.positions} |" for t in steerer.terms]
+    rows = [
+        f"| {t.mode} | {t.site} | {', '.join(map(str, t.layers))} | {t.strength:g} | {_when(t)} |"
+        for t in steerer.terms
+    ]
     # JSON is YAML, and quotes whatever needs it.
     yaml = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items())
     parts = [
@@ -89,12 +100,30 @@ def card(steerer: Steerer, licence: str, base_model: str | None = None, text: st
         f"# {steerer.name}",
         text.strip(),
         f"Made for {made_for}." if made_for else "",
-        "| site | layers | strength | positions |\n|---|---|---|---|\n" + "\n".join(rows),
-        "## What it costs\n\n" + _table(steerer.cost) if steerer.cost else "",
+        "| what | site | layers | strength | when |\n|---|---|---|---|---|\n" + "\n".join(rows),
+        _costs(steerer),
         "## Use\n\n```python\nfrom emocircuits import Steerer\n\n"
         'with Steerer.from_pretrained("<this repository>").attach(model):\n    model.generate(**inputs)\n```',
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _row(term: Term) -> str:
+    when = term.positions + (f", {type(term.control).__name__}" if term.control else "")
+    return f"| {term.mode} | {term.site} | {', '.join(map(str, term.layers))} | {term.strength:g} | {when} |"
+
+
+def _measured(steerer: Steerer) -> bool:
+    return bool(steerer.cost) and "cells" in (steerer.cost or {})
+
+
+def _costs(steerer: Steerer) -> str:
+    """The cost card one heading level down; other notes of costs as a table."""
+    if not _measured(steerer):
+        return "## What it costs\n\n" + _table(steerer.cost) if steerer.cost else ""
+    from .._card_text import markdown
+
+    return "\n".join(f"#{line}" if line.startswith("#") else line for line in markdown(steerer, PLOT).splitlines())
 
 
 def _table(values: Mapping[str, Any]) -> str:

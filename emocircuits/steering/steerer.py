@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,64 +13,28 @@ import torch
 from torch import Tensor
 
 from .. import artefact
+from ..activations.control import Control
 from ..activations.edit import Installed, edit
-from ..activations.edits import HEAD_SITES, POSITIONS, Add, Edit
-from ..activations.sites import check_site, expand_layers
-from ..errors import ArtefactError, HookError, InputError, unknown
+from ..activations.edits import Edit
+from ..activations.sites import expand_layers
+from ..errors import ArtefactError, HookError, InputError
 from ..models.anatomy import resolve, unwrap
 from ..models.fingerprint import check_fits
+from .controls import Window, combined, from_data, to_data
+from .term import Term, by_row, conflicts, merged
 
 KIND = "steerer"
-
-
-@dataclass(frozen=True)
-class Term:
-    """One addend of a steerer: `vectors` [n_layers, d_model] (or per row [B, n_layers, d_model]) at strength 1.
-
-    Vectors are absolute (a unit direction times the mean residual norm of its layer), so a strength of 0.1 moves
-    the residual by a tenth of its norm on every model. Rows of a batch differ by their vectors (`Steerer.rows`).
-    """
-
-    site: str
-    layers: tuple[int, ...]
-    vectors: Tensor
-    strength: float = 1.0
-    positions: str = "all"
-    heads: int | None = None
-    """At q, k, v and z: into how many heads the width is cut."""
-
-    def __post_init__(self) -> None:
-        check_site(self.site)
-        if (self.site in HEAD_SITES) != (self.heads is not None):
-            raise InputError(f"a steering term at {self.site!r} {'needs' if self.heads is None else 'has no'} heads")
-        if self.positions not in POSITIONS:
-            raise unknown("positions", self.positions, POSITIONS)
-        if self.vectors.dim() not in (2, 3) or self.vectors.shape[-2] != len(self.layers):
-            raise InputError(
-                f"a steering term over {len(self.layers)} layers needs vectors [n_layers, d_model] or"
-                f" [B, n_layers, d_model], got {list(self.vectors.shape)}"
-            )
-
-    def edits(self) -> list[Edit]:
-        """One Add per layer; none at strength zero, so that "off" is bit-identical to no steerer."""
-        if self.strength == 0:
-            return []
-        return [
-            Add(site=self.site, layer=layer, vector=self._vector(i) * self.strength, positions=self.positions)
-            for i, layer in enumerate(self.layers)
-        ]
-
-    def _vector(self, i: int) -> Tensor:
-        flat = self.vectors[..., i, :]
-        return flat if self.heads is None else flat.unflatten(-1, (self.heads, -1))
+TENSORS = ("vectors", "levels", "shares")
 
 
 @dataclass
 class Steerer:
     """What users attach: ``with steerer.attach(model): model.generate(...)``.
 
-    Compose with ``a + 0.5 * b``; negate to suppress; `Steerer.rows` gives every row of a batch its own. `cost` is
-    the cost card (what this strength gains and what it costs, measured), `fingerprint` the model it was made on.
+    Compose with ``a + 0.5 * b``; negate to suppress; `when` gives it a schedule, a gate or a closed loop;
+    `Steerer.rows` gives every row of a batch its own, `Steerer.sequence` every stretch of a text.
+    ``@steerer.attach(model)`` decorates a function. `cost` is the cost card (what this strength gains and what it
+    costs, measured), `fingerprint` the model it was made on.
     """
 
     terms: tuple[Term, ...]
@@ -95,6 +60,42 @@ class Steerer:
         """The same steerer on "all", "prompt", "generated" or "last" positions."""
         return replace(self, terms=tuple(replace(t, positions=positions) for t in self.terms), _installed=None)
 
+    def when(self, control: Control) -> Steerer:
+        """The same steerer, its strength times a control (see `steering.controls`), on top of any it has."""
+        made: dict[Control | None, Control] = {c: combined(c, control) for c in {t.control for t in self.terms}}
+        terms = tuple(replace(t, control=made[t.control]) for t in self.terms)
+        return replace(self, terms=terms, cost=None, _installed=None)
+
+    def randomised(self, seed: int = 0) -> Steerer:
+        """The control: random directions of the same norms at the same places, when the steerer itself is on.
+
+        Raises InputError for a steerer that removes or bounds components: what level a random one has is not known.
+        """
+        if any(t.mode != "add" for t in self.terms):
+            raise InputError(f"{self.name!r} removes or bounds a component, so it has no random control of its norm")
+        generator = torch.Generator().manual_seed(seed)
+        terms = tuple(replace(t, vectors=_random_like(t.vectors, generator)) for t in self.terms)
+        return replace(self, terms=terms, name=f"random ({self.name})", cost=None, _installed=None)
+
+    @staticmethod
+    def sequence(parts: Sequence[tuple[Steerer | None, int | None]]) -> Steerer:
+        """Steerers that take turns: each for its number of generated tokens (None: to the end), None not steering."""
+        start, made = 0, []
+        for number, (steerer, tokens) in enumerate(parts):
+            if tokens is None and number + 1 < len(parts) or tokens is not None and tokens < 1:
+                raise InputError("a sequence gives every part a number of tokens; only the last may go on to the end")
+            stop = None if tokens is None else start + tokens
+            made += [] if steerer is None else [steerer.when(Window(start, stop))]
+            start = start if stop is None else stop
+        if not made:
+            raise InputError("a sequence needs at least one steerer that is not None")
+        terms = tuple(term for part in made for term in part.terms)
+        return Steerer(terms, ">".join(s.name if s else "off" for s, _ in parts), made[0].fingerprint)
+
+    def conflicts(self) -> list[str]:
+        """Terms that work against each other at the same layers, one sentence each; `+` warns of them."""
+        return conflicts(self.terms)
+
     def __mul__(self, factor: float) -> Steerer:
         scaled = tuple(replace(t, strength=t.strength * factor) for t in self.terms)
         return replace(self, terms=scaled, name=f"{factor:g}*{self.name}", cost=None, _installed=None)
@@ -107,9 +108,12 @@ class Steerer:
     def __add__(self, other: Steerer) -> Steerer:
         if self.fingerprint and other.fingerprint and not _same_model(self.fingerprint, other.fingerprint):
             raise InputError(f"{self.name!r} and {other.name!r} were made for different models and cannot be added")
-        return Steerer(
-            self.terms + other.terms, f"{self.name}+{other.name}", self.fingerprint or other.fingerprint, None
-        )
+        terms = self.terms + other.terms
+        made = Steerer(terms, f"{self.name}+{other.name}", self.fingerprint or other.fingerprint, None)
+        known = {*self.conflicts(), *other.conflicts()}
+        if new := [c for c in made.conflicts() if c not in known]:
+            warnings.warn(f"{made.name}: {'; '.join(new)}", UserWarning, stacklevel=2)
+        return made
 
     @staticmethod
     def rows(steerers: Sequence[Steerer | None]) -> Steerer:
@@ -120,41 +124,30 @@ class Steerer:
         given = [s for s in steerers if s is not None]
         if not given:
             raise InputError("Steerer.rows needs at least one steerer that is not None")
-        merged: dict[tuple[str, int, str, int | None], Tensor] = {}
-        for row, steerer in enumerate(steerers):
-            for term in steerer.terms if steerer else ():
-                if term.vectors.dim() == 3:
-                    raise InputError(f"{steerer.name!r} is already per row and cannot be a row of another")  # type: ignore[union-attr]
-                for i, layer in enumerate(term.layers):
-                    key = (term.site, layer, term.positions, term.heads)
-                    stacked = merged.setdefault(key, torch.zeros(len(steerers), term.vectors.shape[-1]))
-                    stacked[row] += term.vectors[i].float().cpu() * term.strength
-        terms = tuple(Term(site, (layer,), v[:, None], 1.0, pos, n) for (site, layer, pos, n), v in merged.items())
+        terms = by_row([s.terms if s else () for s in steerers])
         names = ",".join(s.name if s else "off" for s in steerers)
         return Steerer(terms, f"rows({names})", given[0].fingerprint)
 
     def edits(self) -> list[Edit]:
         """The edits this steerer consists of, one per site, layer and positions (sums are taken here, once)."""
-        merged: dict[tuple[str, int, str, int], Tensor] = {}
-        for term in self.terms:
-            for e in term.edits():
-                assert isinstance(e, Add)
-                key = (e.site, e.layer, str(e.positions), e.vector.dim())
-                merged[key] = merged[key] + e.vector if key in merged else e.vector
-        return [Add(site=s, layer=layer, vector=v, positions=p) for (s, layer, p, _), v in merged.items()]
+        return merged(self.terms)
 
     @contextmanager
-    def attach(self, model: Any, *, compile_to: str = "auto", strict: bool = True) -> Iterator[Steerer]:
+    def attach(
+        self, model: Any, *, compile_to: str = "auto", strict: bool = True, this_thread: bool = False
+    ) -> Iterator[Steerer]:
         """Steer every forward pass inside the block; after it the model is bit-identical to before.
 
-        Raises ArtefactError when the steerer was made for another model, HookError when it never fired.
+        this_thread: only the passes that the calling thread runs, so that threads can steer one model differently.
+        Raises ArtefactError when the steerer was made for another model, HookError when it never fired or while another
+        thread steers the model.
         """
         self.check(model)
         edits = self.edits()
         if not edits:
             yield self
             return
-        with edit(model, edits, compile_to=compile_to, strict=strict):
+        with edit(model, edits, compile_to=compile_to, strict=strict, this_thread=this_thread):
             yield self
 
     def install(self, model: Any, *, compile_to: str = "auto") -> Steerer:
@@ -186,13 +179,12 @@ class Steerer:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with a JSON header; atomic."""
-        tensors = {f"term{i}.vectors": t.vectors for i, t in enumerate(self.terms)}
+        tensors: dict[str, Tensor] = {}
+        controls = list(dict.fromkeys(t.control for t in self.terms if t.control is not None))
         header = {
             "name": self.name,
-            "terms": [
-                {k: getattr(t, k) for k in ("site", "strength", "positions", "heads")} | {"layers": list(t.layers)}
-                for t in self.terms
-            ],
+            "controls": [to_data(c, tensors, f"control{i}") for i, c in enumerate(controls)],
+            "terms": [_term_data(t, i, controls, tensors) for i, t in enumerate(self.terms)],
             "fingerprint": dict(self.fingerprint) if self.fingerprint else None,
             "cost": dict(self.cost) if self.cost else None,
             "provenance": dict(self.provenance),
@@ -203,17 +195,8 @@ class Steerer:
     def load(cls, path: str | Path) -> Steerer:
         """Read a saved steerer; raises ArtefactError for a damaged file or another kind of artefact."""
         tensors, header = artefact.load(path, KIND)
-        terms = tuple(
-            Term(
-                t["site"],
-                tuple(t["layers"]),
-                tensors[f"term{i}.vectors"],
-                t["strength"],
-                t["positions"],
-                t.get("heads"),
-            )
-            for i, t in enumerate(header["terms"])
-        )
+        controls = [from_data(c, tensors, f"control{i}") for i, c in enumerate(header.get("controls", []))]
+        terms = tuple(_term(t, i, controls, tensors) for i, t in enumerate(header["terms"]))
         return cls(terms, header["name"], header["fingerprint"], header["cost"], header["provenance"])
 
     def push_to_hub(self, repo_id: str | Path, **options: Any) -> str:
@@ -228,6 +211,31 @@ class Steerer:
         from .hub import pull
 
         return cls.load(pull(where, **options))
+
+
+def _random_like(vectors: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(vectors.shape, generator=generator)
+    return torch.nn.functional.normalize(noise, dim=-1) * vectors.norm(dim=-1, keepdim=True)
+
+
+def _term_data(term: Term, i: int, controls: list[Control], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A term as plain JSON; its tensors go into `tensors`."""
+    tensors |= {f"term{i}.{n}": v for n in TENSORS if (v := getattr(term, n)) is not None}
+    data = {k: getattr(term, k) for k in ("site", "strength", "positions", "heads", "mode")}
+    return data | {
+        "layers": list(term.layers),
+        "control": None if term.control is None else controls.index(term.control),
+    }
+
+
+def _term(data: Mapping[str, Any], i: int, controls: list[Control], tensors: Mapping[str, Tensor]) -> Term:
+    """What `_term_data` wrote; files of version 0.1 know neither mode nor control."""
+    control = data.get("control")
+    return Term(
+        data["site"], tuple(data["layers"]), tensors[f"term{i}.vectors"], data["strength"], data["positions"],
+        data.get("heads"), data.get("mode", "add"), tensors.get(f"term{i}.levels"),
+        None if control is None else controls[control], tensors.get(f"term{i}.shares"),
+    )  # fmt: skip
 
 
 def _same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

@@ -12,7 +12,8 @@ from harness import Line, Table, Way, build, interleaved
 from torch import Tensor
 from workloads import demo, llama, random_ids, steerer, text_ids
 
-from emocircuits.steering import Steerer
+from emocircuits.models.anatomy import resolve
+from emocircuits.steering import Hold, Meter, Ramp, Steerer, Tags, Term, Until
 
 PROMPT = 8
 SHAPES = {(1, 24): "batch 1, 8 prompt and 24 new tokens", (8, 32): "batch 8, 8 prompt and 32 new tokens"}
@@ -27,6 +28,7 @@ def run(repetitions: int) -> list[Table]:
         *(_on_demo(batch, new, repetitions) for batch, new in SHAPES),
         *(_on_llama(batch, new, repetitions) for batch, new in SHAPES),
         _rows(repetitions),
+        *(_controls(batch, new, repetitions) for batch, new in SHAPES),
     ]
 
 
@@ -114,6 +116,28 @@ def _same(found: Tensor, reference: Tensor) -> str:
     """Whether two ways of the same push wrote the same tokens."""
     share = float((found == reference).float().mean())
     return "same tokens" if share == 1 else f"{share:.0%} same tokens"
+
+
+def _controls(batch: int, new: int, repetitions: int) -> Table:
+    """Schedules, gates, closed loops and removals over ten layers, against no steering at all."""
+    model, ids = demo().model, text_ids(batch, PROMPT)
+    pushed, width = steerer(model, ids, TEN), resolve(model).d_model
+    emotions = tuple("abcdef")
+    meter = Meter(emotions, "resid_post", TEN[-1], torch.randn(len(emotions), width) / 100, torch.zeros(len(emotions)))
+    removed = Steerer((Term("resid_post", TEN, pushed.terms[0].vectors, mode="cap"),))
+    kinds = {
+        "hooks, ten layers": pushed,
+        "ramp": pushed.when(Ramp(0, 1, 16)),
+        "inside tags only": pushed.when(Tags((2,), (3,))),
+        "until a probability is reached": pushed.when(Until(meter, "a")),
+        "closed loop": pushed.when(Hold(meter, "a")),
+        "component capped": removed,
+    }
+    ways: dict[str, Way] = {UNSTEERED: partial(peers.greedy, model, ids, new)}
+    ways |= {name: _steered(model, ids, new, one, "hook") for name, one in kinds.items()}
+    timing = interleaved(ways, repetitions)
+    lines = [Line(name, {COLUMN: timing.ratio(name, UNSTEERED, 1.10 if name in kinds else None)}, "") for name in ways]
+    return Table("Steering with controls, demo model", f"greedy, {SHAPES[batch, new]}, ten layers", lines)
 
 
 def _rows(repetitions: int) -> Table:
