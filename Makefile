@@ -6,7 +6,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin
 INSTALL = $(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench llama-check
 
 demo: $(VENV)/demo.done
 	$(RUN)/emocircuits demo --out runs/demo
@@ -21,6 +21,9 @@ lint: $(VENV)/dev.done
 
 bench: $(VENV)/dev.done
 	$(RUN)/python experiments/benchmarks/run.py
+
+llama-check: $(VENV)/dev.done
+	$(RUN)/python experiments/benchmarks/llama_cpp_check.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

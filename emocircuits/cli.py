@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     _circuit_parser(verbs)
     _steer_parser(verbs)
     _evaluate_parser(verbs)
+    _exchange_parsers(verbs)
     _card_parser(verbs)
     _serve_parser(verbs)
     return top
@@ -163,6 +164,33 @@ def _serve_parser(verbs: argparse._SubParsersAction) -> None:
     serve.set_defaults(run=run_serve)
 
 
+def _exchange_parsers(verbs: argparse._SubParsersAction) -> None:
+    """`export` and `import`"""
+    out = _verb(
+        verbs,
+        "export",
+        "write a steerer for another engine",
+        "emocircuits export fear.safetensors --format gguf --output fear.gguf",
+    )
+    out.add_argument("steerer", type=Path, help="a saved steerer")
+    out.add_argument("--format", required=True, help="gguf, easysteer, baked or safetensors")
+    out.add_argument("--model", help="baked: the model to write with the steerer in it")
+    out.add_argument("--output", type=Path, required=True, help="a file; for baked, a new folder")
+    out.set_defaults(run=run_export)
+    into = _verb(
+        verbs,
+        "import",
+        "make a steerer of another tool's vectors",
+        "emocircuits import evil.pt --format persona --layer 16 --output evil.safetensors",
+    )
+    into.add_argument("file", type=Path)
+    into.add_argument("--format", required=True, help="gguf, steering-vectors, persona or array")
+    into.add_argument("--layer", help="such as 16, 4-13 or 6,8,10, counted from 0 (persona and array need it)")
+    into.add_argument("--site", default="resid_post", help="where the vectors belong (array, steering-vectors)")
+    into.add_argument("--output", type=Path, required=True)
+    into.set_defaults(run=run_import)
+
+
 def run_demo(args: argparse.Namespace) -> None:
     """`emocircuits demo`"""
     from .circuit_study import CircuitPlan
@@ -276,6 +304,27 @@ def run_evaluate(args: argparse.Namespace) -> None:
         import json
 
         _say(json.dumps(result, indent=2))
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """`emocircuits export`"""
+    from .steering import Steerer
+    from .steering.formats import write_steerer
+
+    if args.format != "baked":
+        _writable(args.output)
+    steerer = Steerer.load(args.steerer)
+    _say(f"{steerer.name} as {args.format}: {write_steerer(steerer, args.output, args.format, args.model)}")
+
+
+def run_import(args: argparse.Namespace) -> None:
+    """`emocircuits import`"""
+    from .steering.formats import read_steerer
+
+    _writable(args.output)
+    steerer = read_steerer(args.file, args.format, parse_layers(args.layer) if args.layer else (), args.site)
+    where = "; ".join(f"{t.site} of layers {', '.join(map(str, t.layers))}" for t in steerer.terms)
+    _say(f"{where}: {steerer.save(args.output)}")
 
 
 def run_card(args: argparse.Namespace) -> None:

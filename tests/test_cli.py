@@ -24,7 +24,10 @@ def test_neither_import_nor_help_loads_torch() -> None:
     assert run_python(code).strip() == "False"
 
 
-@pytest.mark.parametrize("verb", ["demo", "models", "directions", "circuit", "steer", "evaluate", "serve", "card"])
+VERBS = ["demo", "models", "directions", "circuit", "steer", "evaluate", "card", "export", "import", "serve"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_shows_an_example(verb: str, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
@@ -85,6 +88,27 @@ def test_interruption_is_exit_code_130(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(loaders, "load_prompts", stop)
     assert main(steer(tmp_path)) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_vectors_come_in_and_go_out(tmp_path, capsys) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    from emocircuits.steering import Steerer
+
+    torch.save(torch.randn(5, 32), tmp_path / "evil.pt")
+    ours, file = str(tmp_path / "evil.safetensors"), str(tmp_path / "evil.gguf")
+    into = ["import", str(tmp_path / "evil.pt"), "--format", "persona", "--output", ours]
+    assert "choose layers" in failure(into, capsys)
+    assert main([*into, "--layer", "1-2"]) == 0
+    assert "resid_post of layers 1, 2" in capsys.readouterr().out
+    out = ["export", ours, "--format"]
+    assert main([*out, "gguf", "--output", file]) == 0
+    assert main(["import", file, "--format", "gguf", "--layer", "2", "--output", str(tmp_path / "two")]) == 0
+    assert Steerer.load(tmp_path / "two.safetensors").terms[0].layers == (2,)
+    assert "choose from safetensors, gguf" in failure([*out, "onnx", "--output", file], capsys)
+    assert "--model" in failure([*out, "baked", "--output", str(tmp_path / "b")], capsys)
+    baked = [*out, "baked", "--model", str(tmp_path / "missing"), "--output"]
+    assert "not an empty folder" in failure([*baked, str(tmp_path)], capsys)
+    assert "missing does not exist" in failure([*baked, str(tmp_path / "b")], capsys)
 
 
 def test_layers_are_read_as_written() -> None:

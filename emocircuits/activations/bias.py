@@ -80,6 +80,11 @@ class _Biased:
 _BIASED: weakref.WeakKeyDictionary[nn.Module, _Biased] = weakref.WeakKeyDictionary()
 
 
+def is_biased(module: nn.Module) -> bool:
+    """Whether an attached edit sits in this module's bias right now."""
+    return module in _BIASED
+
+
 @contextmanager
 def add_biases(model: nn.Module, anatomy: Anatomy, edits: Sequence[Edit]) -> Iterator[None]:
     """Add the edits' vectors to the biases of their Linears inside the block.

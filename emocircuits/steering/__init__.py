@@ -1,5 +1,6 @@
 """Steering modules: ``with steerer.attach(model): model.generate(...)``."""
 
+from . import migrations  # noqa: F401  (registers how older files are read)
 from .controls import Both, Hold, Ramp, SkipFirst, Tags, Until, Window, tags
 from .meter import Meter
 from .steerer import Steerer

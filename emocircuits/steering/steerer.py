@@ -199,6 +199,19 @@ class Steerer:
         terms = tuple(_term(t, i, controls, tensors) for i, t in enumerate(header["terms"]))
         return cls(terms, header["name"], header["fingerprint"], header["cost"], header["provenance"])
 
+    def push_to_hub(self, repo_id: str | Path, **options: Any) -> str:
+        """Upload with a model card, or write the same files into a local folder; see `hub.push` for the options."""
+        from .hub import push
+
+        return push(self, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, where: str | Path, **options: Any) -> Steerer:
+        """Read from a hub repository or a local folder; see `hub.pull` for the options and errors."""
+        from .hub import pull
+
+        return cls.load(pull(where, **options))
+
 
 def _random_like(vectors: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(vectors.shape, generator=generator)
