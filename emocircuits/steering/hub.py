@@ -89,10 +89,7 @@ def card(steerer: Steerer, licence: str, base_model: str | None = None, text: st
     metadata: dict[str, Any] = {"license": licence, "library_name": "emocircuits", "tags": list(TAGS)}
     metadata |= {"base_model": base_model} if base_model else {}
     made_for = (steerer.fingerprint or {}).get("name")
-    rows = [
-        f"| {t.mode} | {t.site} | {', '.join(map(str, t.layers))} | {t.strength:g} | {_when(t)} |"
-        for t in steerer.terms
-    ]
+    rows = [_row(term) for term in steerer.terms]
     # JSON is YAML, and quotes whatever needs it.
     yaml = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items())
     parts = [
