@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from emocircuits.cli import main, parse_layers
+from emocircuits.cli import main
+from emocircuits.commands import parse_layers
 from emocircuits.directions import DirectionSet
 from emocircuits.errors import InputError
 
