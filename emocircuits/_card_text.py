@@ -35,7 +35,8 @@ def markdown(steerer: Steerer, picture: str) -> str:
     lines += [
         "",
         card.get("control", "Random: directions drawn at random, of the same norms at the same places."),
-        "Capability: share of forty common-knowledge items whose right ending is the likeliest of three.",
+        "Capability: share of forty common-knowledge items whose right ending is the likeliest of three. It and the KL"
+        " are measured with the steerer fully on, whatever its schedule or positions.",
         "",
         "## One text per strength",
         "",

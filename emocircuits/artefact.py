@@ -30,6 +30,9 @@ SUFFIX = ".safetensors"
 METADATA_KEY = "emocircuits"
 FORMAT_VERSION = 1
 
+VERSIONS: dict[str, int] = {}
+"""Format version of each kind whose content has changed since; FORMAT_VERSION for all others."""
+
 Header = dict[str, Any]
 Migration = Callable[[dict[str, Tensor], Header], tuple[dict[str, Tensor], Header]]
 
@@ -49,7 +52,7 @@ def save(path: str | Path, kind: str, tensors: Mapping[str, Tensor | np.ndarray]
     ready = _storable(tensors)
     own = {
         "kind": kind,
-        "format_version": FORMAT_VERSION,
+        "format_version": VERSIONS.get(kind, FORMAT_VERSION),
         "package_version": package_version(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "sha256": _digest(ready),
@@ -270,13 +273,13 @@ def _read(path: Path, with_tensors: bool = True) -> tuple[dict[str, Tensor], Hea
 
 
 def _migrate(path: Path, tensors: dict[str, Tensor], header: Header) -> tuple[dict[str, Tensor], Header]:
-    """Bring an older artefact to FORMAT_VERSION, one step at a time."""
-    version = header.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    """Bring an older artefact to its kind's version, one step at a time."""
+    version, newest = header.get("format_version"), VERSIONS.get(header["kind"], FORMAT_VERSION)
+    if not isinstance(version, int) or version > newest:
         raise ArtefactError(
-            f"{path} has format version {version}, and this package reads up to {FORMAT_VERSION}; upgrade emocircuits"
+            f"{path} has format version {version}, and this package reads up to {newest}; upgrade emocircuits"
         )
-    for step in range(version, FORMAT_VERSION):
+    for step in range(version, newest):
         migration = MIGRATIONS.get((header["kind"], step))
         if migration is None:
             raise ArtefactError(

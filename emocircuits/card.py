@@ -120,7 +120,8 @@ def _cell(
     from .evaluation.judges import corpus_rows
 
     neutral = [r["text"] for r in corpus_rows() if r["emotion"] == "neutral" and r["style"] == "plain"][:N_NEUTRAL]
-    attach = nullcontext if steerer is None else partial(steerer.attach, model)
+    # Neutral texts and items are read, not written: there, a steerer is measured as if it were fully on.
+    attach = nullcontext if steerer is None else partial(steerer.steady().attach, model)
     kl = 0.0 if steerer is None else kl_on_neutral(model, tokenizer, neutral, attach)
     texts = [r["text"] for r in rows]
     return {

@@ -7,7 +7,7 @@ resumes and a second run only reads.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +111,7 @@ class Demo:
             self.texts()
             self.evaluation()
             self.dose()
+            self.steerers()
             CircuitStudy(self, circuits or CircuitPlan()).execute()
 
         return write_report(self.run.path)
@@ -275,6 +276,19 @@ class Demo:
         from .demo_quality import evaluate
 
         return self.run.json_stage("evaluation", lambda: evaluate(self))
+
+    def steerers(self) -> list[Path]:
+        """steerers/EMOTION.safetensors at the chosen strengths, with what each gained and cost on held-out texts."""
+        files = [f"steerers/{e}.safetensors" for e in self.plan.emotions]
+
+        def make() -> None:
+            found = self.evaluation()
+            for emotion, file in zip(self.plan.emotions, files):
+                held_out = found["methods"]["steered"]["by_emotion"][emotion]
+                cost = {"held_out": held_out, "kl_on_neutral": found["kl_on_neutral"].get(emotion)}
+                replace(self.steerer(emotion), cost=cost).save(self.run.file(file))
+
+        return self.run.stage("steerers", files, make, lambda: [self.run.file(f) for f in files])
 
     def dose(self) -> dict[str, Any]:
         """Expression and cost at five doses of both signs, on validation scenarios."""

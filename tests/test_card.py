@@ -16,7 +16,7 @@ from emocircuits._card_text import markdown, plot
 from emocircuits.cli import main
 from emocircuits.errors import InputError
 from emocircuits.evaluation.capability import capability, items
-from emocircuits.steering import Steerer, Term
+from emocircuits.steering import Meter, Ramp, Steerer, Tags, Term, Until
 
 
 def steerer(mode: str = "add") -> Steerer:
@@ -58,6 +58,21 @@ def test_a_limit_has_a_card_without_random_control(loaded) -> None:
     found = cards.measure(steerer("cap"), *loaded, "fear", n_scenarios=2, max_new_tokens=4)
     assert {c["method"] for c in found["cells"]} == {"none", "steered"}
     assert "No random control" in markdown(Steerer((), "x", cost=found), "x.svg")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.at("generated"),
+        lambda s: s.when(Ramp(0, 1, 3)),
+        lambda s: s.when(Tags((5,), (6,))),
+        lambda s: s.when(Until(Meter(("a", "b"), "resid_post", 2, torch.randn(2, 32), torch.zeros(2)), "a", 0.5)),
+    ],
+)
+def test_every_kind_of_steerer_has_a_card(loaded, change, measured) -> None:
+    found = cards.measure(change(steerer()), *loaded, "fear", n_scenarios=2, max_new_tokens=4)
+    kl = [cell(c, "steered", 1.0)["kl_on_neutral"] for c in (found, measured)]
+    assert kl[0] == pytest.approx(kl[1])
 
 
 def test_markdown_and_plot_say_the_same(measured, tmp_path) -> None:

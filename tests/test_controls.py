@@ -8,6 +8,7 @@ import pytest
 import torch
 import zoo
 from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
 
 from emocircuits.activations import Add, capture, edit
 from emocircuits.errors import ArtefactError, HookError, InputError
@@ -160,6 +161,49 @@ def test_beams_are_refused_by_what_remembers_rows_only(llama) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.modules())
 
 
+def test_beams_are_noticed_however_they_are_asked_for(llama) -> None:
+    ids = zoo.inputs("llama", llama, batch=2, length=5)["input_ids"]
+    gated = steerer().when(Tags((1,), (2,)))
+    with pytest.raises(HookError, match="beam search"), gated.attach(llama):
+        llama.generate(ids, GenerationConfig(num_beams=2, max_new_tokens=2, pad_token_id=0))
+    llama.generation_config.num_beams = 2
+    with pytest.raises(HookError, match="beam search"), gated.attach(llama):
+        llama.generate(ids, generation_config=GenerationConfig(max_new_tokens=2, pad_token_id=0))
+
+
+@pytest.mark.parametrize("kind", ["tags", "hold"])
+def test_a_filled_cache_begins_a_new_text(llama, kind) -> None:
+    inputs = one(llama, 8)
+    ids = inputs["input_ids"]
+    control = Tags((int(ids[0, 1]),), (int(ids[0, 6]),)) if kind == "tags" else Hold(meter(), "joy", 0.3, 0.4, memory=3)
+    pushed = steerer(strength=3.0).at("generated" if kind == "hold" else "all").when(control)
+    how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with pushed.attach(llama, strict=False):
+        expected = llama.generate(**inputs, **how)
+        written(llama, one(llama, 6))  # another text in between
+        prefix = DynamicCache()
+        llama.model(ids[:, :5], past_key_values=prefix)
+        again = llama.generate(**inputs, **how, past_key_values=prefix)
+    assert torch.equal(again, expected)
+
+
+def test_gates_follow_passes_in_which_nothing_is_steered(llama) -> None:
+    inputs = one(llama)
+    token = int(inputs["input_ids"][0, 2])
+    pushed = steerer(strength=3.0).at("generated")
+    with pushed.attach(llama):
+        expected = written(llama, inputs)
+    with pushed.when(Tags((token,), (127,))).attach(llama):  # opened in the prompt, never closed
+        torch.testing.assert_close(written(llama, inputs), expected)
+
+
+def test_equal_controls_are_one() -> None:
+    assert Ramp(0, 1, 4) == Ramp(0, 1, 4)
+    parts = [steerer(i).when(Ramp(0, 1, 4)) for i in range(3)]
+    assert len(Steerer.rows(parts).terms) == len(LAYERS)
+    assert len((parts[0] + parts[1]).edits()) == len(LAYERS)
+
+
 def meter() -> Meter:
     weights = torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
     return Meter(("joy", "fear", "calm"), "resid_post", 2, weights, torch.zeros(3))
@@ -226,11 +270,11 @@ def test_files_keep_controls(llama, tmp_path) -> None:
     with again.attach(llama, strict=False):
         assert torch.equal(written(llama, inputs), before)
 
-    class Mine(Ramp):
-        pass
-
-    with pytest.raises(InputError, match="of your own"):
-        to_data(Mine(0, 1, 2), {}, "c")
+    for own in ("Mine", "Ramp"):
+        with pytest.raises(InputError, match="of your own"):
+            to_data(type(own, (Ramp,), {})(0, 1, 2), {}, "c")
+    with pytest.raises(ArtefactError, match="lacks stop, tokens"):
+        from_data({"kind": "Ramp", "start": 0}, {}, "c")
     with pytest.raises(ArtefactError, match="kind 'Later'"):
         from_data({"kind": "Later"}, {}, "c")
 
@@ -277,6 +321,9 @@ def test_bad_controls_are_refused(make, words) -> None:
 def test_tags_come_from_a_tokenizer() -> None:
     made = tags(lambda text, add_special_tokens: {"input_ids": [ord(c) for c in text]}, "after", "<a>", "</a>")
     assert (made.opening, made.closing[0], made.phase) == ((60, 97, 62), 60, "after")
+    merges = lambda text, add_special_tokens: {"input_ids": [len(w) for w in text.split("<")]}  # noqa: E731
+    with pytest.raises(InputError, match="merges"):
+        tags(merges)
 
 
 def test_unsteered_capture_is_clean_after_a_failed_control(llama) -> None:

@@ -17,6 +17,7 @@ from emocircuits.evaluation.judges import EmbeddingJudge
 from emocircuits.models.load import Loaded
 from emocircuits.report import write_report
 from emocircuits.runs import Run
+from emocircuits.steering import Steerer
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +34,17 @@ def test_a_run_is_complete_and_is_not_done_twice(loaded, tmp_path, monkeypatch) 
     report = Demo(tmp_path / "run", plan, loaded).execute(CircuitPlan.small())
     assert "<html" in report.read_text()
     run = Run.open(tmp_path / "run")
-    for stage in ("quality", "tuning", "texts.steered", "texts", "evaluation", "dose"):
+    for stage in ("quality", "tuning", "texts.steered", "texts", "evaluation", "dose", "steerers"):
         assert run.done(stage), stage
     evaluation = json.loads(run.file("evaluation.json").read_text())
     assert set(evaluation["methods"]) == {"unsteered", "steered", "random", "prompted"}
     steered = evaluation["methods"]["steered"]["coherent"]
     assert steered["n"] == 6 * 4
     assert steered["n_clusters"] == 4
+    made = Steerer.load(tmp_path / "run" / "steerers" / "fear.safetensors")
+    assert made.check(loaded.model) is None
+    assert made.cost is not None
+    assert made.cost["held_out"] == evaluation["methods"]["steered"]["by_emotion"]["fear"]
     circuits = Run.open(tmp_path / "run" / "circuits")
     assert all(circuits.done(s) for s in ("units", "effects", "circuits", "curves", "evaluation"))
     compared = json.loads(circuits.file("evaluation.json").read_text())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from test_fluency import tokenizer as tokenizer  # a word-level tokenizer of the
 from transformers import TextIteratorStreamer
 
 from emocircuits.errors import HookError
+from emocircuits.models.fingerprint import fingerprint
 from emocircuits.steering import Ramp, Steerer, Term
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -153,15 +157,51 @@ def test_models_placed_by_accelerate_are_steered(tmp_path, llama) -> None:
     assert torch.equal(steered(placed, one), steered(llama, one))
 
 
-def test_install_serves_every_thread(llama) -> None:
-    one = steerer(1)
-    expected = steered(llama, one)
+@pytest.mark.parametrize("kind", ["constant", "generated", "last", "ramp"])
+def test_install_serves_every_thread(llama, kind) -> None:
+    one = (
+        steerer(1).when(Ramp(0, 1, 3)) if kind == "ramp" else steerer(1) if kind == "constant" else steerer(1).at(kind)
+    )
+    prompts = [zoo.inputs("llama", llama, batch=1, length=n) for n in (3, 5, 7, 9)]
+
+    def answer(given) -> list[int]:
+        return llama.generate(**given, **GREEDY)[0].tolist()
+
+    with one.attach(llama):
+        expected = [answer(p) for p in prompts]
     one.install(llama)
     try:
-        with ThreadPoolExecutor(2) as pool:
-            jobs = [pool.submit(lambda: llama.generate(**inputs(llama), **GREEDY)) for _ in range(4)]
-            for job in jobs:
-                job.result()
-        assert torch.equal(llama.generate(**inputs(llama), **GREEDY), expected)
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(3):
+                assert list(pool.map(answer, prompts)) == expected
+        with steerer(2).attach(llama, strict=False):  # the thread that installed may add to it
+            pass
+        with ThreadPoolExecutor(1) as pool, pytest.raises(HookError, match="another thread"):
+            pool.submit(lambda: steerer(2).attach(llama).__enter__()).result()
     finally:
         one.remove()
+
+
+def test_asyncio_tasks_do_not_mix_either(llama) -> None:
+    async def request(number: int) -> bool:
+        try:
+            with steerer(number).attach(llama, strict=False):
+                await asyncio.sleep(0.01)
+        except HookError:
+            return False
+        return True
+
+    async def both() -> list[bool]:
+        return await asyncio.gather(request(1), request(2))
+
+    assert sorted(asyncio.run(both())) == [False, True]
+
+
+def test_a_change_of_weights_is_warned_of(llama) -> None:
+    made = replace(steerer(1), fingerprint=fingerprint(zoo.build("llama", seed=4)))
+    with pytest.warns(UserWarning, match="other weights"), made.attach(llama, strict=False):
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with replace(made, fingerprint=fingerprint(llama)).attach(llama, strict=False):
+            pass

@@ -11,6 +11,7 @@ import zoo
 from emocircuits.activations import capture
 from emocircuits.directions import DirectionSet
 from emocircuits.errors import InputError
+from emocircuits.models.fingerprint import fingerprint
 from emocircuits.steering import Ramp, Steerer, Term
 
 UNIT = torch.nn.functional.normalize(torch.randn(32, generator=torch.Generator().manual_seed(1)), dim=0)
@@ -97,6 +98,51 @@ def test_conflicts_are_said_once_and_only_where_there_are_some() -> None:
         assert (a + -1.0 * b).conflicts() == []
         assert (a + Steerer((Term("resid_post", (3,), -UNIT[None]),), "c")).conflicts() == []
         assert len((both + 0.0 * a).conflicts()) >= 1
+
+
+def test_rows_keep_their_own_order_of_limits(llama) -> None:
+    inputs, found = zoo.inputs("llama", llama, batch=2), directions()
+    make = lambda emotion, mode, level: found.limiter(emotion, mode, level, [2])  # noqa: E731
+    parts = [
+        make("joy", "remove", 0.0) + make("fear", "cap", -0.5),
+        make("fear", "floor", 0.5) + make("calm", "cap", -0.5),
+    ]
+    with torch.no_grad(), Steerer.rows(parts).attach(llama):
+        together = llama(**inputs).logits
+    for i, part in enumerate(parts):
+        with torch.no_grad(), part.attach(llama):
+            alone = llama(**{k: v[i : i + 1] for k, v in inputs.items()}).logits
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_limits_share_one_edit_per_layer() -> None:
+    found = directions()
+    assert len(Steerer.rows([found.limiter(e) for e in found.emotions]).terms) == 4
+
+
+def test_half_precision_keeps_small_differences_of_large_numbers() -> None:
+    x = 100 + torch.randn(1, 3, 8, dtype=torch.bfloat16)
+    unit, level = torch.eye(8)[0], 100.3
+    exact = x.float().clone()
+    exact[..., 0] = level
+    term = Term("resid_post", (0,), unit[None], mode="remove", levels=torch.tensor([level]))
+    edit = term.edits()[0]
+    torch.testing.assert_close(edit.transform(x).to(torch.bfloat16), exact.to(torch.bfloat16))
+
+
+def test_parts_of_different_models_are_refused(llama) -> None:
+    a = Steerer((Term("resid_post", (1,), UNIT[None]),), "a", fingerprint(llama))
+    b = Steerer((Term("resid_post", (1,), UNIT[None]),), "b", fingerprint(zoo.build("gpt2")))
+    for combine in (lambda: a + b, lambda: Steerer.rows([a, None, b]), lambda: Steerer.sequence([(a, 2), (b, None)])):
+        with pytest.raises(InputError, match="different models"):
+            combine()
+
+
+def test_other_strengths_and_places_have_no_cost_card() -> None:
+    a = Steerer((Term("resid_post", (1,), UNIT[None]),), "a", cost={"x": 1})
+    assert all(
+        s.cost is None for s in (a.at("last"), a.with_strength(2), 2 * a, a.when(Ramp(0, 1, 2)), a + a, a.steady())
+    )
 
 
 def test_limits_travel_in_files(llama, tmp_path) -> None:

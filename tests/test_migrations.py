@@ -9,25 +9,27 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from emocircuits.artefact import METADATA_KEY, read_header
+from emocircuits.artefact import METADATA_KEY, VERSIONS, read_header
 from emocircuits.errors import ArtefactError
 from emocircuits.steering import Steerer, Term
 
 
 def aged(path, version: int = 0):
-    """The same file as format version 0 had it: no "heads" in its terms."""
+    """The same file as old versions had it: terms without mode and control, in version 0 without heads too."""
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()[METADATA_KEY])
         tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    del header["controls"]
     for term in header["terms"]:
-        del term["heads"]
+        for key in ("mode", "control", "heads")[: 3 if version == 0 else 2]:
+            del term[key]
     header["format_version"] = version
     save_file(tensors, path, metadata={METADATA_KEY: json.dumps(header)})
     return path
 
 
 @pytest.mark.parametrize("version", [0, 1])
-def test_a_file_without_heads_loads_as_it_was(tmp_path, version: int) -> None:
+def test_an_old_file_loads_as_it_was(tmp_path, version: int) -> None:
     made = Steerer((Term("resid_post", (1, 2), torch.randn(2, 8), 0.5, "generated"),), "fear", provenance={"seed": 1})
     old = aged(made.save(tmp_path / "fear.safetensors"), version)
     back = Steerer.load(old)
@@ -35,7 +37,8 @@ def test_a_file_without_heads_loads_as_it_was(tmp_path, version: int) -> None:
     assert torch.equal(back.terms[0].vectors, made.terms[0].vectors)
     assert (back.terms[0].heads, back.terms[0].positions, back.strength) == (None, "generated", 0.5)
     assert (back.name, back.provenance) == ("fear", {"seed": 1})
-    assert read_header(back.save(old))["format_version"] == 1
+    assert (back.terms[0].mode, back.terms[0].control) == ("add", None)
+    assert read_header(back.save(old))["format_version"] == VERSIONS["steerer"] == 2
 
 
 def test_old_terms_at_heads_cannot_be_guessed(tmp_path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +24,18 @@ class View:
     ids: Tensor | None
     device: torch.device
 
+    @property
+    def last_step(self) -> int:
+        """Which generated token the last column leads to; see `step`."""
+        return self.forward.past + self.forward.length - self.forward.prompt_length
+
     def step(self) -> Tensor:
         """[length] which generated token each column leads to: 0 for the last column of the prompt, negative before."""
         return self.forward.columns(self.device) - (self.forward.prompt_length - 1)
 
 
 class Control:
-    """How much of an edit applies to each row and token: frozen data; state lives in the `Pace` of one attach.
+    """How much of an edit applies to each row and token: a frozen dataclass; state lives in the `Pace` of one attach.
 
     Subclasses give `factor`. Those that remember things per row set `remembers`: beam search, which shuffles rows, is
     then refused. Those that read activations name a site and layer in `watch` and get them by `observe`.
@@ -63,25 +70,19 @@ class Pace:
     _view: View | None = None
     _factor: Tensor | None = None
 
-    def factor(self, current: Forward | None, device: torch.device) -> Tensor:
-        """[B or 1, length] for the pass in progress; worked out once, whatever the number of edits that ask."""
-        if current is None:
+    def factor(self, device: torch.device) -> Tensor:
+        """[B or 1, length] for the pass in progress."""
+        if self._factor is None:
             raise HookError(f"{type(self.control).__name__} needs the decoder to run before the steered site")
-        if self._pass is not current:
-            self._enter(current, device)
-        assert self._factor is not None
         return self._factor.to(device)
 
-    def observe(self, current: Forward | None, x: Tensor) -> None:
+    def observe(self, x: Tensor) -> None:
         """Hand the watched activation to the control."""
-        if current is None:
-            return
-        if self._pass is not current:  # watched below the first steered layer
-            self._enter(current, x.device)
-        assert self._view is not None
-        self.control.observe(self._view, self._state, x.detach())
+        if self._view is not None:
+            self.control.observe(self._view, self._state, x.detach())
 
-    def _enter(self, current: Forward, device: torch.device) -> None:
+    def enter(self, current: Forward, device: torch.device) -> None:
+        """Follow a pass from its beginning, whether or not any edit acts in it, and work out its factors once."""
         name = type(self.control).__name__
         if self.control.remembers and current.beams > 1:
             raise HookError(f"{name} follows each row of a batch, but beam search shuffles them; use num_beams=1")
@@ -90,32 +91,56 @@ class Pace:
                 f"{name} steers by what it read one token ago, so tokens must come one by one through the KV cache;"
                 " use use_cache=True and no assistant model"
             )
-        if current.past == 0 or not self._state:
+        fresh = current.past == 0 or self._pass is None or current.call != self._pass.call
+        if fresh:
             self._state = {"": None} | self.control.begin(current.batch, device)
-        self._ids = self._history(current)
+        self._ids = self._history(current, fresh)
         if self.control.needs_ids and self._ids is None:
-            raise HookError(f"{name} reads the tokens, but this model was called without input_ids")
+            raise HookError(
+                f"{name} reads all tokens of a text, but this pass has no input_ids or continues a cache whose tokens"
+                " were never seen"
+            )
         self._view = View(current, self._ids, device)
         self._pass, self._factor = current, self.control.factor(self._view, self._state)
 
-    def _history(self, current: Forward) -> Tensor | None:
-        """All tokens so far; what assisted decoding took back is dropped."""
+    def _history(self, current: Forward, fresh: bool) -> Tensor | None:
+        """All tokens so far; what assisted decoding took back is dropped, what a cache held before is in the prompt."""
         if current.ids is None or not self.control.needs_ids:
             return None
         if current.past == 0:
             return current.ids
-        if self._ids is None or self._ids.shape[1] < current.past or len(self._ids) != current.batch:
+        before = self._ids
+        if fresh and current.prompt_ids is not None:
+            before = current.prompt_ids.repeat_interleave(current.repeats, 0)
+        elif fresh:
+            before = None
+        if before is None or before.shape[1] < current.past or len(before) != current.batch:
             return None
-        return torch.cat([self._ids[:, : current.past].to(current.ids.device), current.ids], 1)
+        return torch.cat([before[:, : current.past].to(current.ids.device), current.ids], 1)
+
+
+class Paces(threading.local):
+    """The controls of one attach at work, for each thread that runs the model."""
+
+    def __init__(self, controls: Iterable[Control]) -> None:
+        self.of = {control: Pace(control) for control in controls}
 
 
 @_outside
-def factor_of(pace: Pace, current: Forward | None, device: torch.device) -> Tensor:
+def factor_of(paces: Paces, control: Control, device: torch.device) -> Tensor:
     """`Pace.factor` outside compiled code, because its state changes with every pass."""
-    return pace.factor(current, device)
+    return paces.of[control].factor(device)
 
 
 @_outside
-def show(pace: Pace, current: Forward | None, x: Tensor) -> None:
+def show(paces: Paces, control: Control, x: Tensor) -> None:
     """`Pace.observe` outside compiled code."""
-    pace.observe(current, x)
+    paces.of[control].observe(x)
+
+
+@_outside
+def enter(paces: Paces, current: Forward | None, device: torch.device) -> None:
+    """`Pace.enter` for all controls, outside compiled code."""
+    if current is not None:
+        for pace in paces.of.values():
+            pace.enter(current, device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import HookError, InputError, unknown
 from ..models.anatomy import Anatomy, resolve, unwrap
 from . import forward as fw
-from .control import Control, Pace, factor_of, show
+from .control import Control, Paces, enter, factor_of, show
 from .edits import HEAD_SITES, POSITIONS, SIDES, Ablate, Clamp, Edit, Project
 from .ownership import holding
 from .sites import check_site, expand_layers
@@ -79,7 +79,7 @@ class _Compiled:
 
     def __init__(
         self, point_edits: list[tuple[Any, int, Edit]], tracker: fw.ForwardTracker, fired: set[int],
-        paces: dict[Control, Pace],
+        paces: Paces,
     ) -> None:  # fmt: skip
         self.items, self.tracker, self.fired, self.paces = point_edits, tracker, fired, paces
         self._moved: dict[tuple[int, torch.device, torch.dtype], Edit] = {}
@@ -118,18 +118,22 @@ class _Compiled:
         return view.index_copy(dim, units, new.to(view.dtype))
 
     def _paced(self, edit: Edit, old: Tensor, new: Tensor) -> Tensor:
-        """As far from old to new as the edit's control says in this pass."""
+        """As far from old to new (in float32) as the edit's control says in this pass."""
         if edit.control is None:
             return new
-        factor = factor_of(self.paces[edit.control], self.tracker.current, old.device).to(old.dtype)
+        factor, old = factor_of(self.paces, edit.control, old.device).float(), old.float()
         return old + _expand(factor, old) * (new - old)
 
     def _on_device(self, number: int, edit: Edit, x: Tensor) -> Edit:
-        """The edit with its tensors on x's device and dtype, kept for the next call."""
+        """The edit with its tensors on x's device and dtype, kept for the next call.
+
+        In float32 where differences of large numbers matter: components that are moved, and what a control scales.
+        """
         key = (number, x.device, x.dtype)
         if key not in self._moved:
             fields = {n: getattr(edit, n) for n in edit.tensors}
-            moved = {n: v.to(x.device, x.dtype) for n, v in fields.items() if isinstance(v, Tensor)}
+            dtype = torch.float32 if isinstance(edit, Project) or edit.control is not None else x.dtype
+            moved = {n: v.to(x.device, dtype) for n, v in fields.items() if isinstance(v, Tensor)}
             self._moved[key] = replace(edit, **moved) if moved else edit
         return self._moved[key]
 
@@ -211,14 +215,13 @@ def edit(
     Works under generate() with KV cache and beams, autocast, torch.compile, device_map, and with gradients.
     """
     module, edits = unwrap(model), [edits] if isinstance(edits, Edit) else list(edits)
-    with holding(module, this_thread):
-        installed = Installed(model, module, edits, compile_to, get_ident() if this_thread else None)
-        try:
-            yield
-        except BaseException:
-            installed.remove()
-            raise
+    installed = Installed(model, module, edits, compile_to, get_ident() if this_thread else None, lasting=False)
+    try:
+        yield
+    except BaseException:
         installed.remove()
+        raise
+    installed.remove()
     if strict:
         installed.check_fired()
 
@@ -227,7 +230,13 @@ class Installed:
     """Edits in place on a model until `remove()`; the mechanism behind `edit` and `Steerer.install`."""
 
     def __init__(
-        self, model: Any, module: nn.Module, edits: list[Edit], compile_to: str = "auto", thread: int | None = None
+        self,
+        model: Any,
+        module: nn.Module,
+        edits: list[Edit],
+        compile_to: str = "auto",
+        thread: int | None = None,
+        lasting: bool = True,
     ) -> None:
         if compile_to not in ("auto", "hook", "bias"):
             raise unknown("compile_to", compile_to, ("auto", "hook", "bias"))
@@ -235,9 +244,10 @@ class Installed:
         check(edits, anatomy)
         self.edits, self.fired = edits, set[int]()
         self.tracker = fw.ForwardTracker(module, anatomy, thread)
-        self.paces = {e.control: Pace(e.control) for e in edits if e.control is not None}
+        self.paces = Paces(list(dict.fromkeys(e.control for e in edits if e.control is not None)))
         self._stack = ExitStack()
         try:
+            self._stack.enter_context(holding(module, thread is not None, lasting))
             self._install(model, module, anatomy, compile_to)
         except BaseException:
             self._stack.close()
@@ -269,23 +279,37 @@ class Installed:
             self._stack.enter_context(hooks_under_compile(model, module))
             for handle in self.tracker.install():
                 self._stack.callback(handle.remove)
+            self._follow()
         self._stack.enter_context(add_biases(module, anatomy, [e for i, e in numbered if i in as_bias]))
         self.fired |= as_bias
         for (path, io), items in hooked.items():
             compiled = _Compiled(items, self.tracker, self.fired, self.paces)
             self._stack.callback(fw.hook_point(module.get_submodule(path), io, compiled).remove)
-        for pace in self.paces.values():  # after the edits, so that they read what the next layer reads
-            self._watch(module, anatomy, pace)
+        for control in self.paces.of:  # after the edits, so that they read what the next layer reads
+            self._watch(module, anatomy, control)
 
-    def _watch(self, module: nn.Module, anatomy: Anatomy, pace: Pace) -> None:
-        """Show a control the activation it steers by."""
-        if pace.control.watch is None:
+    def _follow(self) -> None:
+        """Tell the controls of every pass, also of those in which nothing is edited."""
+        if not self.paces.of:
             return
-        point = anatomy.point(*pace.control.watch)
+
+        def entered(_: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+            given = [v for v in (*args, *(kwargs or {}).values()) if isinstance(v, Tensor)]
+            if given and not self.tracker.elsewhere:
+                enter(self.paces, self.tracker.current, given[0].device)
+
+        handle = self.tracker.decoder.register_forward_pre_hook(entered, with_kwargs=True)
+        self._stack.callback(handle.remove)
+
+    def _watch(self, module: nn.Module, anatomy: Anatomy, control: Control) -> None:
+        """Show a control the activation it steers by."""
+        if control.watch is None:
+            return
+        point = anatomy.point(*control.watch)
 
         def observe(x: Tensor) -> None:
             if not self.tracker.elsewhere:
-                show(pace, self.tracker.current, point.read(x))
+                show(self.paces, control, point.read(x))
 
         self._stack.callback(fw.hook_point(module.get_submodule(point.module), point.io, observe).remove)
 

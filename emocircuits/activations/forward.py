@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import get_ident
+from threading import get_ident, local
 from typing import Any, TypeAlias
 
 import torch
@@ -37,6 +37,10 @@ class Forward:
     ids: Tensor | None = None
     """[B, length] token ids of this pass, None when the model was given embeddings only."""
     beams: int = 1
+    prompt_ids: Tensor | None = None
+    """[rows, columns] what generate() was given, None outside it."""
+    call: int = 0
+    """Which generate() this pass belongs to; 0 outside."""
 
     @property
     def is_prompt(self) -> bool:
@@ -65,20 +69,33 @@ class Forward:
         return torch.where(real, torch.arange(self.length, device=device), -1).max(-1).values.clamp_min(0)
 
 
+class _Seen(local):
+    """What one thread's passes have shown so far; threads that share a model must not read each other's."""
+
+    def __init__(self) -> None:
+        self.current: Forward | None = None
+        self.outer_mask: Any = None
+        self.outer_ids: Any = None
+        self.prompt_mask: Tensor | None = None
+        self.calls: list[tuple[int, Prompt | None]] = []
+        self.n_calls = 0
+        self.previous: tuple[Tensor | None, int, int] | None = None
+
+
 class ForwardTracker:
-    """Keeps `current` up to date through pre-hooks on the model and on its decoder."""
+    """Keeps `current` up to date, for each thread, through pre-hooks on the model and on its decoder."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, thread: int | None = None) -> None:
         """thread: follow only the passes that this thread runs (see `activations.ownership`)."""
         self.model, self.decoder, self.thread = model, model.get_submodule(anatomy.decoder), thread
-        self.current: Forward | None = None
         self.count = 0
-        self._outer_mask: Any = None
-        self._outer_ids: Any = None
-        self._prompt_mask: Tensor | None = None
+        self._seen = _Seen()
         self._signatures = {id(m): _positional_names(m) for m in (self.model, self.decoder)}
-        self._calls: list[Prompt | None] = []
-        self._previous: tuple[Tensor | None, int, int] | None = None
+
+    @property
+    def current(self) -> Forward | None:
+        """The pass that this thread is running."""
+        return self._seen.current
 
     def install(self) -> list[Any]:
         handles: list[Any] = [self.decoder.register_forward_pre_hook(self._enter, with_kwargs=True)]
@@ -95,43 +112,46 @@ class ForwardTracker:
         """A generate() starts on this prompt (None: it was given none)."""
         if self.elsewhere:
             return
-        self._calls.append(prompt)
-        self._previous = None
+        self._seen.n_calls += 1
+        self._seen.calls.append((self._seen.n_calls, prompt))
+        self._seen.previous = None
 
     def end(self) -> None:
         """The innermost generate() is over."""
         if self.elsewhere:
             return
-        self._calls.pop()
-        self._previous = None
+        self._seen.calls.pop()
+        self._seen.previous = None
 
     def _named(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
         return dict(zip(self._signatures[id(module)], args)) | kwargs
 
-    def _outer(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.elsewhere:
+    def _outer(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        # Without kwargs: torch lost track of this hook, because another thread removes it just now.
+        if self.elsewhere or kwargs is None:
             return
         named = self._named(module, args, kwargs)
-        self._outer_mask, self._outer_ids = named.get("attention_mask"), named.get("input_ids")
+        self._seen.outer_mask, self._seen.outer_ids = named.get("attention_mask"), named.get("input_ids")
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self.elsewhere:
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        if self.elsewhere or kwargs is None:
             return
+        seen = self._seen
         named = self._named(module, args, kwargs)
         tokens = next((named[k] for k in TOKEN_NAMES if named.get(k) is not None), None)
         if tokens is None:
             raise HookError("the decoder was called without input_ids or inputs_embeds, so positions are unknown")
         batch, length, past = tokens.shape[0], tokens.shape[1], _cached_length(named)
-        mask = self._key_mask((self._outer_mask, named.get("attention_mask")), batch, past, length)
-        call = self._calls[-1] if self._calls else None
+        mask = self._key_mask((seen.outer_mask, named.get("attention_mask")), batch, past, length)
+        number, call = seen.calls[-1] if seen.calls else (0, None)
         repeats = batch // call.rows if call is not None and batch % call.rows == 0 else 1
         prompt = self._guess_prompt(tokens, past, length) if call is None else call.columns
-        ids = next((i for i in (named.get("input_ids"), self._outer_ids) if isinstance(i, Tensor)), None)
+        ids = next((i for i in (named.get("input_ids"), seen.outer_ids) if isinstance(i, Tensor)), None)
         ids = ids if ids is not None and ids.shape == (batch, length) else None
-        beams = 1 if call is None else call.beams
-        self.current = Forward(batch, length, past, mask, prompt, repeats, ids, beams)
+        beams, given = (1, None) if call is None else (call.beams, call.ids)
+        seen.current = Forward(batch, length, past, mask, prompt, repeats, ids, beams, given, number)
         self.count += 1
-        self._outer_mask = self._outer_ids = None
+        seen.outer_mask = seen.outer_ids = None
 
     def _key_mask(self, masks: tuple[Any, Any], batch: int, past: int, length: int) -> Tensor | None:
         """[B, past + length] True on real tokens, from the first mask that says it.
@@ -143,14 +163,14 @@ class ForwardTracker:
         full = [m for m in map(_attended, masks) if m is not None]
         if plain:
             mask: Tensor | None = plain[0][:, :end].bool()
-        elif full and past and self._prompt_mask is not None and len(self._prompt_mask) == batch:
-            mask = nn.functional.pad(self._prompt_mask, (0, end - self._prompt_mask.shape[1]), value=True)
+        elif full and past and self._seen.prompt_mask is not None and len(self._seen.prompt_mask) == batch:
+            mask = nn.functional.pad(self._seen.prompt_mask, (0, end - self._seen.prompt_mask.shape[1]), value=True)
         else:
             mask = next((m[:, :end] for m in full if m.shape[-1] >= end), None)
         if mask is not None and len(mask) != batch:  # one mask for every row
             mask = mask.expand(batch, -1)
         if not past:
-            self._prompt_mask = mask
+            self._seen.prompt_mask = mask
         return mask
 
     def _guess_prompt(self, tokens: Tensor, past: int, length: int) -> int:
@@ -158,16 +178,16 @@ class ForwardTracker:
 
         Without a KV cache, a pass continues the last one when it is one column longer and has the same prompt.
         """
-        previous = self._previous
+        previous = self._seen.previous
         if past:
             prompt = min(previous[1], past) if previous else past + length
-            self._previous = (None, prompt, past + length)
+            self._seen.previous = (None, prompt, past + length)
             return prompt
         if previous and previous[0] is not None and length == previous[2] + 1 and _starts_with(tokens, previous[0]):
             prompt = previous[1]
         else:
             prompt = length
-        self._previous = (tokens[:, :prompt].detach(), prompt, length)
+        self._seen.previous = (tokens[:, :prompt].detach(), prompt, length)
         return prompt
 
 
@@ -234,7 +254,9 @@ def hook_point(module: nn.Module, io: str, fn: Callable[[Tensor], Tensor | None]
     """Register `fn` on a module's input or output tensor; a returned tensor replaces it, None leaves it."""
     if io == "input":
 
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        def before(_: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+            if kwargs is None:  # torch lost track of this hook, because another thread removes it just now
+                return None
             new = fn(input_of(args, kwargs))
             return None if new is None else replace_input(args, kwargs, new)
 

@@ -7,7 +7,7 @@ it is given. The model's own code runs everything after, so masks, positions and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -118,6 +118,45 @@ class Checkpoint:
                 stack.enter_context(self._last_only(last, given))
             return next(iter(capture(self.module, given, site, at).values()))
 
+    def sweep(self, entering: Mapping[int, tuple[Tensor, Tensor]], site: str, at: int) -> Tensor:
+        """`site` at layer `at`, last position, of rows that leave the clean pass at different layers, in one pass.
+
+        entering: {layer: (source [n], attention [n, 1, d])} as for `resume`, by ascending layer; result [sum of n,
+        width]. A row joins at its layer, so every block runs once, on all rows that have left by then. Only `cached`.
+        """
+        if not self.cached:
+            raise HookError("a sweep over layers restarts at the last position; make the Checkpoint with cached=True")
+        source = torch.cat([s for s, _ in entering.values()])
+        joined = [sum(len(s) for at_, (s, _) in entering.items() if at_ <= i) for i in range(self.anatomy.n_layers)]
+        inputs = {k: v[source] if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
+        inputs |= {"past_key_values": _shared(self._prefix, [source[:n] for n in joined]), "use_cache": True}
+        with ExitStack() as stack:
+            for i, path in enumerate(self.anatomy.blocks):
+                block = self.module.get_submodule(path)
+                if not joined[i]:
+                    stack.enter_context(_handing_on(block, self._block_form[i]))
+                    continue
+                stack.enter_context(_forward_replaced(block, self._widening(block, i, joined, source)))
+                if i in entering:
+                    module = self.module.get_submodule(self.anatomy.attention[i])
+                    given = entering[i][1]
+                    stack.callback(fw.hook_point(module, "output", _with_last_rows(given)).remove)
+            return next(iter(capture(self.module, inputs, site, at).values()))
+
+    def _widening(self, block: nn.Module, i: int, joined: Sequence[int], source: Tensor) -> Any:
+        """The block's forward on the rows that have joined by layer i; the others enter the next layer clean."""
+        real, n, total = type(block).forward, joined[i], len(source)
+        first = i == 0 or not joined[i - 1]
+
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            hidden = self.resid_pre[i][source[:n]] if first else hidden[:n]
+            new = fw.hidden_of(real(block, hidden, *_rows_of(args, n, total), **_rows_of(kwargs, n, total)))
+            if n < total:
+                new = torch.cat([new, self.resid_pre[i + 1][source[n:]]])
+            return _shaped(self._block_form[i], new)
+
+        return forward
+
     @contextmanager
     def _last_only(self, layer: int, inputs: dict[str, Any]) -> Iterator[None]:
         """The MLP of `layer` computes the last real position of each row; the others are read by nobody."""
@@ -182,12 +221,34 @@ def _returning(module: nn.Module, form: int | None, hidden: Tensor) -> Any:
     return _forward_replaced(module, lambda *_, **__: _shaped(form, hidden))
 
 
-def _shared(prefix: list[tuple[Tensor, Tensor]], source: Tensor | None) -> Any:
-    """A KV cache holding the prefix of each row, with one free slot that every pass writes again."""
+def _with_last_rows(given: Tensor) -> Any:
+    """A hook that replaces the last len(given) rows of a module's output."""
+
+    def replace(x: Tensor) -> Tensor:
+        return torch.cat([x[: len(x) - len(given)], given.to(x.dtype)])
+
+    return replace
+
+
+def _rows_of(value: Any, n: int, total: int) -> Any:
+    """The first n of `total` rows of every tensor in a block's arguments that has so many."""
+    if isinstance(value, Tensor):
+        return value[:n] if value.dim() and value.shape[0] == total else value
+    if type(value) in (tuple, list):
+        return type(value)(_rows_of(v, n, total) for v in value)
+    return {k: _rows_of(v, n, total) for k, v in value.items()} if type(value) is dict else value
+
+
+def _shared(prefix: list[tuple[Tensor, Tensor]], source: Tensor | Sequence[Tensor] | None) -> Any:
+    """A KV cache holding the prefix of each row, with one free slot that every pass writes again.
+
+    source: the rows, for all layers or for each; None: all rows.
+    """
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    cache.layers = [_slot(k if source is None else k[source], v if source is None else v[source]) for k, v in prefix]
+    rows = source if isinstance(source, Sequence) else [source] * len(prefix)
+    cache.layers = [_slot(*((k, v) if r is None else (k[r], v[r]))) for (k, v), r in zip(prefix, rows)]
     return cache
 
 

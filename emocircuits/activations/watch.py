@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import threading
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+
+_LOCK = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class Prompt:
     rows: int
     columns: int
     beams: int = 1
+    ids: Tensor | None = None
 
 
 class Follower(Protocol):
@@ -37,20 +41,22 @@ class GenerateWatch:
 
     def __init__(self, model: nn.Module, follower: Follower) -> None:
         self.model, self.follower = model, follower
-        if "generate" not in vars(model) and hasattr(type(model), "generate"):
-            model.generate = MethodType(_watched(type(model)), model)  # type: ignore[assignment]
-        followers = _followers(model)
-        if followers is not None:
-            followers.append(follower)
+        with _LOCK:
+            if "generate" not in vars(model) and hasattr(type(model), "generate"):
+                model.generate = MethodType(_watched(type(model)), model)  # type: ignore[assignment]
+            followers = _followers(model)
+            if followers is not None:
+                followers.append(follower)
 
     def remove(self) -> None:
         """Stop telling; safe to call twice."""
-        followers = _followers(self.model)
-        if followers is None or self.follower not in followers:
-            return
-        followers.remove(self.follower)
-        if not followers:
-            del self.model.generate
+        with _LOCK:
+            followers = _followers(self.model)
+            if followers is None or self.follower not in followers:
+                return
+            followers.remove(self.follower)
+            if not followers:
+                del self.model.generate
 
 
 def _followers(model: nn.Module) -> list[Follower] | None:
@@ -80,6 +86,7 @@ def _prompt(model: Any, args: tuple, kwargs: dict[str, Any]) -> Prompt | None:
     tokens = next((t for t in given if isinstance(t, Tensor) and t.dim() >= 2 and t.shape[1]), None)
     if tokens is None:
         return None
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
-    return Prompt(tokens.shape[0], tokens.shape[1], int(beams))
+    configs = (kwargs.get("generation_config"), *args[1:2], getattr(model, "generation_config", None))
+    beams = [kwargs.get("num_beams"), *(getattr(c, "num_beams", None) for c in configs)]
+    ids = tokens if tokens.dim() == 2 and not tokens.is_floating_point() else None
+    return Prompt(tokens.shape[0], tokens.shape[1], int(next((b for b in beams if b), 1)), ids)

@@ -7,7 +7,7 @@ heads per pass, and gradients screen all heads at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,8 +42,8 @@ def total_effects(
 
     mode: "zero", "mean" (baseline [L, heads, head_dim], see `Units.baseline`), or "resample" (z of another row of the
     batch). positions: "all", or "last": only the last position loses the head, over the clean KV cache, which costs
-    one token per row; rows must then end in the same column. `rows` bounds the rows of one pass. NaN in layers left
-    out, or above the readout. Raises InputError for a bad request.
+    one token per row; rows must then end in the same column. `rows` bounds the rows of one pass (with "last" one text
+    in all layers is the least). NaN in layers left out, or above the readout. Raises InputError for a bad request.
     """
     if mode not in ("zero", "mean", "resample"):
         raise unknown("ablation mode", mode, ("zero", "mean", "resample"))
@@ -59,25 +59,51 @@ def total_effects(
     wanted = list(range(anatomy.n_layers)) if layers is None else list(layers)
     out = torch.full((start.batch, anatomy.n_layers, anatomy.n_heads, len(readout.emotions)), torch.nan)
     order = _other_rows(start.batch, seed)
-    groups = _row_groups(start, anatomy.n_heads, rows)
-    task = progress.add_task("ablating heads", total=len(wanted)) if progress else None
-    for layer in wanted:
-        if readout.site != "final_norm" and layer > readout.layer:
-            continue
-        side = attention_side(model, layer)
-        for source, heads, given in groups:
-            z, rest = start.z[layer], None
-            if mode == "mean":
-                assert baseline is not None
-                rest = baseline[layer].to(z)
-            elif mode == "resample":
-                rest = z[order]
-            change = _removed(side, z, rest, source, heads)
-            found = start.resume(layer, change(start.attention[layer]), source, readout.site, readout.layer, given)
-            out[source.cpu(), layer, heads.cpu()] = (clean[source] - readout(found)).cpu()
+    reached = [n for n in wanted if readout.site == "final_norm" or n <= readout.layer]
+
+    def change(layer: int, source: Tensor, heads: Tensor) -> Tensor:
+        """[R, T, d] attention output of rows `source` without `heads`."""
+        z = start.z[layer]
+        rest = None if mode == "zero" else z[order] if mode == "resample" else baseline[layer].to(z)  # type: ignore[index]
+        return _removed(attention_side(model, layer), z, rest, source, heads)(start.attention[layer])
+
+    total = len(reached) * start.batch * anatomy.n_heads
+    task = progress.add_task("ablating heads", total=total) if progress else None
+    sweep = _sweep_last if positions == "last" else _sweep_all
+    for layer, source, heads, found in sweep(start, anatomy.n_heads, sorted(reached), rows, readout, change):
+        out[source.cpu(), layer, heads.cpu()] = (clean[source] - readout(found)).cpu()
         if progress is not None and task is not None:
-            progress.advance(task)
+            progress.advance(task, len(source))
     return out
+
+
+Part = tuple[int, Tensor, Tensor, Tensor]
+"""Layer, source rows, heads, and what the readout's site held without them."""
+
+
+def _sweep_all(
+    start: Checkpoint, n_heads: int, layers: Sequence[int], rows: int, readout: Readout, change: Any
+) -> Iterator[Part]:
+    """Layer by layer, restarted there, `rows` rows at a time."""
+    groups = _row_groups(start, n_heads, rows)
+    for layer in layers:
+        for source, heads, given in groups:
+            found = start.resume(layer, change(layer, source, heads), source, readout.site, readout.layer, given)
+            yield layer, source, heads, found
+
+
+def _sweep_last(
+    start: Checkpoint, n_heads: int, layers: Sequence[int], rows: int, readout: Readout, change: Any
+) -> Iterator[Part]:
+    """All layers of a few texts in one pass: with one token per row, a block mostly waits for its weights."""
+    texts = torch.arange(start.batch, device=start.resid_pre[0].device)
+    for some in texts.split(max(1, rows // (n_heads * max(1, len(layers))))):
+        pairs = torch.cartesian_prod(some, torch.arange(n_heads, device=some.device))
+        source, heads = pairs[:, 0], pairs[:, 1]
+        entering = {layer: (source, change(layer, source, heads)) for layer in layers}
+        found = start.sweep(entering, readout.site, readout.layer) if layers else torch.empty(0)
+        for layer, part in zip(layers, found.split(len(source))):
+            yield layer, source, heads, part
 
 
 def _removed(side: Any, z: Tensor, rest: Tensor | None, source: Tensor, heads: Tensor) -> Any:

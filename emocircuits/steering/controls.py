@@ -20,7 +20,7 @@ from .meter import Meter
 PHASES = ("inside", "after")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Ramp(Control):
     """From factor `start` (prompt, first token) to `stop`, linearly over `tokens` generated tokens, then constant."""
 
@@ -37,7 +37,7 @@ class Ramp(Control):
         return (self.start + (self.stop - self.start) * share)[None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Window(Control):
     """On for generated tokens start to stop - 1 (None: to the end); start 0 includes the prompt's last column."""
 
@@ -49,7 +49,7 @@ class Window(Control):
         return ((step >= self.start) & (step < (math.inf if self.stop is None else self.stop))).float()[None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class SkipFirst(Control):
     """Everywhere but on the first real tokens of each row.
 
@@ -65,7 +65,7 @@ class SkipFirst(Control):
         return (view.forward.index(view.device) >= self.tokens).float()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Tags(Control):
     """On "inside" an opening and a closing run of tokens, or "after" the last closing one; see `tags`."""
 
@@ -91,9 +91,17 @@ class Tags(Control):
 def tags(tokenizer: Any, phase: str = "inside", opening: str = "<think>", closing: str = "</think>") -> Tags:
     """Steer only inside `<think>` ... `</think>` (phase "inside") or only the answer (phase "after").
 
-    Tags that are no single token of this tokenizer are matched as the tokens they give by themselves.
+    Raises InputError for tags that this tokenizer merges with the text around them: they would never be found.
     """
-    ids = [tuple(tokenizer(tag, add_special_tokens=False)["input_ids"]) for tag in (opening, closing)]
+    ids = []
+    for tag in (opening, closing):
+        alone, inside = (tuple(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (tag, f"x{tag}x"))
+        if not any(inside[i : i + len(alone)] == alone for i in range(len(inside))):
+            raise InputError(
+                f"this tokenizer merges {tag!r} with the text around it, so it cannot be found there; use a tag that is"
+                " a token of its own, or give Tags the token ids"
+            )
+        ids.append(alone)
     return Tags(ids[0], ids[1], phase)
 
 
@@ -122,21 +130,21 @@ class _Metered(Control):
 
     def begin(self, batch: int, device: torch.device) -> dict[str, Any]:
         width = self.meter.weights.shape[1]
-        return {"mean": torch.zeros(batch, width, device=device), "seen": 0}
+        return {"mean": torch.zeros(batch, width, device=device), "seen": 0, "meter": self.meter.to(device)}
 
     def observe(self, view: View, state: dict[str, Any], x: Tensor) -> None:
         """Only generated tokens count: the prompt's emotion is not the text's."""
-        if int(view.step()[-1]) < 1:
+        if view.last_step < 1:
             return
         state["seen"] += 1
         rate = 1 / min(state["seen"], self.memory)
-        state["mean"] += rate * (x[:, -1].float() - state["mean"])
+        state["mean"] += rate * (x[:, -1].to(state["mean"]) - state["mean"])
 
     def probability(self, state: dict[str, Any]) -> Tensor | None:
         """[B] probability of the emotion in the text so far; None before its first token was read."""
         if not state["seen"]:
             return None
-        return self.meter.probabilities(state["mean"])[:, self.meter.index(self.emotion)]
+        return state["meter"].probabilities(state["mean"])[:, self.meter.index(self.emotion)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +204,7 @@ def _check_metered(control: Any, level: float) -> None:
         raise InputError("memory is how many tokens are averaged; give 1 or more")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Both(Control):
     """The product of two controls, such as a ramp inside a window."""
 
@@ -240,7 +248,7 @@ KINDS: dict[str, type[Any]] = {c.__name__: c for c in (Ramp, Window, SkipFirst, 
 
 def to_data(control: Control, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
     """A control as plain JSON; its tensors go into `tensors` under names that begin with prefix."""
-    if type(control).__name__ not in KINDS:
+    if KINDS.get(type(control).__name__) is not type(control):
         raise InputError(f"a control of your own ({type(control).__name__}) cannot be saved; save the steerer without")
     out: dict[str, Any] = {"kind": type(control).__name__}
     for f in fields(control):  # type: ignore[arg-type]
@@ -259,6 +267,8 @@ def from_data(data: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: st
     if kind is None:
         raise ArtefactError(f"this steerer has a control of kind {data.get('kind')!r}; upgrade emocircuits")
     values: dict[str, Any] = {}
+    if missing := [f.name for f in fields(kind) if f.name not in data]:
+        raise ArtefactError(f"a {kind.__name__} of this steerer lacks {', '.join(missing)}; the file is damaged")
     for f in fields(kind):
         value = data[f.name]
         if f.name in ("first", "second"):

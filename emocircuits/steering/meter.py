@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,10 @@ class Meter:
         if emotion not in self.emotions:
             raise unknown("emotion", emotion, self.emotions)
         return self.emotions.index(emotion)
+
+    def to(self, device: torch.device) -> Meter:
+        """The same meter on another device."""
+        return replace(self, weights=self.weights.to(device), bias=self.bias.to(device))
 
     def probabilities(self, x: Tensor) -> Tensor:
         """[..., E] for activations [..., width]."""

@@ -23,4 +23,15 @@ def add_heads(tensors: dict[str, Tensor], header: artefact.Header) -> tuple[dict
     return tensors, {**header, "terms": [{"heads": None, **term} for term in header["terms"]]}
 
 
+def add_modes(tensors: dict[str, Tensor], header: artefact.Header) -> tuple[dict[str, Tensor], artefact.Header]:
+    """Version 1 to 2: every term adds, and nothing is scheduled."""
+    return tensors, {
+        **header,
+        "controls": [],
+        "terms": [{"heads": None, "mode": "add", "control": None, **t} for t in header["terms"]],
+    }
+
+
+artefact.VERSIONS["steerer"] = 2
 artefact.MIGRATIONS["steerer", 0] = add_heads
+artefact.MIGRATIONS["steerer", 1] = add_modes

@@ -54,17 +54,25 @@ class Steerer:
         """The same steerer at another strength (in units of the residual norm)."""
         if strength != strength or strength in (float("inf"), float("-inf")):
             raise InputError(f"strength must be a finite number, got {strength}")
-        return replace(self, terms=tuple(replace(t, strength=float(strength)) for t in self.terms), _installed=None)
+        return self._with(tuple(replace(t, strength=float(strength)) for t in self.terms))
 
     def at(self, positions: str) -> Steerer:
         """The same steerer on "all", "prompt", "generated" or "last" positions."""
-        return replace(self, terms=tuple(replace(t, positions=positions) for t in self.terms), _installed=None)
+        return self._with(tuple(replace(t, positions=positions) for t in self.terms))
+
+    def steady(self) -> Steerer:
+        """What it does when it is fully on: at all positions, without schedules and gates."""
+        terms = (replace(t, control=None if t.control and t.control.timed else t.control) for t in self.terms)
+        return self._with(tuple(replace(t, positions="all") for t in terms))
+
+    def _with(self, terms: tuple[Term, ...]) -> Steerer:
+        """The same steerer with other terms, so without the cost card, which is about these."""
+        return replace(self, terms=terms, cost=None, _installed=None)
 
     def when(self, control: Control) -> Steerer:
         """The same steerer, its strength times a control (see `steering.controls`), on top of any it has."""
         made: dict[Control | None, Control] = {c: combined(c, control) for c in {t.control for t in self.terms}}
-        terms = tuple(replace(t, control=made[t.control]) for t in self.terms)
-        return replace(self, terms=terms, cost=None, _installed=None)
+        return self._with(tuple(replace(t, control=made[t.control]) for t in self.terms))
 
     def randomised(self, seed: int = 0) -> Steerer:
         """The control: random directions of the same norms at the same places, when the steerer itself is on.
@@ -90,7 +98,7 @@ class Steerer:
         if not made:
             raise InputError("a sequence needs at least one steerer that is not None")
         terms = tuple(term for part in made for term in part.terms)
-        return Steerer(terms, ">".join(s.name if s else "off" for s, _ in parts), made[0].fingerprint)
+        return Steerer(terms, ">".join(s.name if s else "off" for s, _ in parts), _common(made))
 
     def conflicts(self) -> list[str]:
         """Terms that work against each other at the same layers, one sentence each; `+` warns of them."""
@@ -106,10 +114,7 @@ class Steerer:
         return self * -1.0
 
     def __add__(self, other: Steerer) -> Steerer:
-        if self.fingerprint and other.fingerprint and not _same_model(self.fingerprint, other.fingerprint):
-            raise InputError(f"{self.name!r} and {other.name!r} were made for different models and cannot be added")
-        terms = self.terms + other.terms
-        made = Steerer(terms, f"{self.name}+{other.name}", self.fingerprint or other.fingerprint, None)
+        made = Steerer(self.terms + other.terms, f"{self.name}+{other.name}", _common([self, other]))
         known = {*self.conflicts(), *other.conflicts()}
         if new := [c for c in made.conflicts() if c not in known]:
             warnings.warn(f"{made.name}: {'; '.join(new)}", UserWarning, stacklevel=2)
@@ -124,9 +129,10 @@ class Steerer:
         given = [s for s in steerers if s is not None]
         if not given:
             raise InputError("Steerer.rows needs at least one steerer that is not None")
+        fingerprint = _common(given)
         terms = by_row([s.terms if s else () for s in steerers])
         names = ",".join(s.name if s else "off" for s in steerers)
-        return Steerer(terms, f"rows({names})", given[0].fingerprint)
+        return Steerer(terms, f"rows({names})", fingerprint)
 
     def edits(self) -> list[Edit]:
         """The edits this steerer consists of, one per site, layer and positions (sums are taken here, once)."""
@@ -139,10 +145,10 @@ class Steerer:
         """Steer every forward pass inside the block; after it the model is bit-identical to before.
 
         this_thread: only the passes that the calling thread runs, so that threads can steer one model differently.
-        Raises ArtefactError when the steerer was made for another model, HookError when it never fired or while another
-        thread steers the model.
+        Raises ArtefactError when the steerer was made for another model (warns when only the weights differ), HookError
+        when it never fired or while another thread steers the model.
         """
-        self.check(model)
+        self._check_and_warn(model)
         edits = self.edits()
         if not edits:
             yield self
@@ -154,7 +160,7 @@ class Steerer:
         """Steer from now on, until `remove()`. Raises HookError when already installed."""
         if self._installed is not None:
             raise HookError(f"{self.name!r} is already installed; call remove() first")
-        self.check(model)
+        self._check_and_warn(model)
         self._installed = Installed(model, unwrap(model), self.edits(), compile_to)
         return self
 
@@ -163,6 +169,10 @@ class Steerer:
         if self._installed is not None:
             self._installed.remove()
             self._installed = None
+
+    def _check_and_warn(self, model: Any) -> None:
+        if warning := self.check(model):
+            warnings.warn(f"steerer {self.name!r} was {warning}", UserWarning, stacklevel=4)
 
     def check(self, model: Any) -> str | None:
         """Raise ArtefactError when this steerer cannot fit the model; a warning text when only weights differ."""
@@ -195,7 +205,7 @@ class Steerer:
     def load(cls, path: str | Path) -> Steerer:
         """Read a saved steerer; raises ArtefactError for a damaged file or another kind of artefact."""
         tensors, header = artefact.load(path, KIND)
-        controls = [from_data(c, tensors, f"control{i}") for i, c in enumerate(header.get("controls", []))]
+        controls = [from_data(c, tensors, f"control{i}") for i, c in enumerate(header["controls"])]
         terms = tuple(_term(t, i, controls, tensors) for i, t in enumerate(header["terms"]))
         return cls(terms, header["name"], header["fingerprint"], header["cost"], header["provenance"])
 
@@ -229,14 +239,21 @@ def _term_data(term: Term, i: int, controls: list[Control], tensors: dict[str, T
 
 
 def _term(data: Mapping[str, Any], i: int, controls: list[Control], tensors: Mapping[str, Tensor]) -> Term:
-    """What `_term_data` wrote; files of version 0.1 know neither mode nor control."""
-    control = data.get("control")
+    """What `_term_data` wrote."""
+    control = data["control"]
     return Term(
         data["site"], tuple(data["layers"]), tensors[f"term{i}.vectors"], data["strength"], data["positions"],
-        data.get("heads"), data.get("mode", "add"), tensors.get(f"term{i}.levels"),
+        data["heads"], data["mode"], tensors.get(f"term{i}.levels"),
         None if control is None else controls[control], tensors.get(f"term{i}.shares"),
     )  # fmt: skip
 
 
-def _same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    return a.get("config_sha256") == b.get("config_sha256")
+def _common(steerers: Sequence[Steerer]) -> Mapping[str, Any] | None:
+    """The fingerprint of the model that all these were made for; raises InputError when they are for different ones."""
+    known = [s for s in steerers if s.fingerprint]
+    for other in known[1:]:
+        if (other.fingerprint or {}).get("config_sha256") != (known[0].fingerprint or {}).get("config_sha256"):
+            raise InputError(
+                f"{known[0].name!r} and {other.name!r} were made for different models and cannot be combined"
+            )
+    return known[0].fingerprint if known else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,7 +121,8 @@ def by_row(rows: Sequence[Sequence[Term]]) -> tuple[Term, ...]:
                 directions, levels, shares = bounds.setdefault((*place, term.mode, number), fresh)
                 directions[row], shares[row] = vector, term.strength
                 levels[row] = 0.0 if term.levels is None else float(term.levels[i])
-    return (*_per_row_adds(adds), *_per_row_bounds(bounds))
+    in_order = sorted(bounds.items(), key=lambda item: item[0][-1])  # as each row has them
+    return (*_per_row_adds(adds), *_per_row_bounds(in_order))
 
 
 def _per_row_adds(adds: dict[tuple[Any, ...], Tensor]) -> Iterator[Term]:
@@ -129,8 +130,8 @@ def _per_row_adds(adds: dict[tuple[Any, ...], Tensor]) -> Iterator[Term]:
         yield Term(site, (layer,), v[:, None], 1.0, positions, heads, control=control)
 
 
-def _per_row_bounds(bounds: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]) -> Iterator[Term]:
-    for (site, layer, positions, _, control, mode, _), (directions, levels, shares) in bounds.items():
+def _per_row_bounds(bounds: Iterable[tuple[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]]) -> Iterator[Term]:
+    for (site, layer, positions, _, control, mode, _), (directions, levels, shares) in bounds:
         yield Term(
             site, (layer,), directions[:, None], 1.0, positions, None, mode, levels[:, None], control, shares
         )  # fmt: skip
@@ -150,7 +151,8 @@ def conflicts(terms: Sequence[Term], limit: float = 0.5) -> list[str]:
             if a.site != b.site or not shared or a.vectors.dim() != 2 or b.vectors.dim() != 2:
                 continue
             x, y = (torch.stack([t.vectors[t.layers.index(n)].float() for n in shared]) for t in (a, b))
-            cosine = float(torch.nn.functional.cosine_similarity(x, y, dim=-1).mean())
+            cosines = torch.nn.functional.cosine_similarity(x, y, dim=-1)
+            cosine = float(cosines[cosines.abs().argmax()])  # of the layer where they have most to do with each other
             if (a.mode, b.mode) == ("add", "add"):
                 cosine = cosine if a.strength * b.strength > 0 else -cosine
                 if cosine < -limit:

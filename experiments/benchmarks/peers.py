@@ -13,7 +13,7 @@ import torch
 from harness import Line, Way
 from torch import Tensor
 
-NOT_COMPARED = ("pyvene", "repeng", "steering_vectors")
+NOT_COMPARED = ("pyvene",)
 """Packages whose releases pin other versions of the stack; the import case times them where they are installed."""
 
 
@@ -142,5 +142,35 @@ def bridge_steer(bridge: Any, ids: Tensor, new_tokens: int, layer: int, vector: 
         with torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
             tokens = bridge.generate(ids, max_new_tokens=new_tokens, do_sample=False, stop_at_eos=False, verbose=False)
         return tokens[:, ids.shape[1] :]
+
+    return run
+
+
+# ---------------------------------------------------------------- steering packages
+
+
+def repeng_steer(model: Any, ids: Tensor, new_tokens: int, layer: int, vector: Tensor) -> Way:
+    """repeng's ControlModel around a twin; setting and resetting the control counts."""
+    repeng = require("repeng")
+    wrapped = repeng.ControlModel(twin(model), [layer])
+    control = repeng.ControlVector(model.config.model_type, {layer: vector.numpy()})
+
+    def run() -> Tensor:
+        wrapped.set_control(control)
+        try:
+            return greedy(wrapped, ids, new_tokens)
+        finally:
+            wrapped.reset()
+
+    return run
+
+
+def vectors_steer(model: Any, ids: Tensor, new_tokens: int, layer: int, vector: Tensor) -> Way:
+    """A SteeringVector of the package steering-vectors, applied to every token of a twin."""
+    made, other = require("steering_vectors").SteeringVector({layer: vector}, "decoder_block"), twin(model)
+
+    def run() -> Tensor:
+        with made.apply(other):
+            return greedy(other, ids, new_tokens)
 
     return run

@@ -76,6 +76,8 @@ def _on_demo(batch: int, new: int, repetitions: int) -> Table:
             "TransformerBridge, one layer": lambda: peers.bridge_steer(
                 peers.bridge_model(model, loaded.tokenizer), ids, new, ONE[0], vector
             ),
+            "repeng, one layer": lambda: peers.repeng_steer(model, ids, new, ONE[0], vector),
+            "steering-vectors, one layer": lambda: peers.vectors_steer(model, ids, new, ONE[0], vector),
         }
     )
     ways = {UNSTEERED: partial(peers.greedy, model, ids, new), **ours, **_raw(model, ids, new), **others}
