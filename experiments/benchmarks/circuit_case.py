@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import peers
@@ -17,7 +18,7 @@ from emocircuits.data.scenarios import ScenarioSet, discovery
 from emocircuits.directions import DirectionSet, fit
 from emocircuits.examples import prompt_examples
 from emocircuits.models.anatomy import resolve
-from emocircuits.reading import read
+from emocircuits.reading import Example, read
 
 EMOTIONS = ("anger", "sadness", "happiness", "fear", "surprise", "disgust")
 N_SCENARIOS, LENGTH = 12, 64
@@ -37,6 +38,17 @@ def _directions(examples: list[Any]) -> DirectionSet:
     return fit(read(demo().model, demo().tokenizer, examples, position="last_prompt"), EMOTIONS)
 
 
+def _equally_long(n: int) -> list[Example]:
+    """n prompts of the same length in tokens, so that batches differ in nothing but their number."""
+    words = ("red", "dog", "sun", "box", "hill", "road", "man", "tree", "fish", "hand", "book", "door", "bird", "star",
+             "cold", "milk", "rain", "hat", "cup", "ring")  # fmt: skip
+    prompts = [" ".join(random.Random(i).sample(words, len(words))) for i in range(n)]
+    return [
+        Example(prompt=p, label=EMOTIONS[i % len(EMOTIONS)], group=str(i // len(EMOTIONS)), theme="t", cluster=str(i))
+        for i, p in enumerate(prompts)
+    ]
+
+
 def _direct(repetitions: int) -> Table:
     model, tokenizer = demo().model, demo().tokenizer
     examples = prompt_examples(ScenarioSet(discovery().rows[:N_SCENARIOS]), EMOTIONS)
@@ -48,12 +60,10 @@ def _direct(repetitions: int) -> Table:
     timing = interleaved(ways, repetitions)
     column = "time, x capture pass"
     lines = [Line(n, {column: timing.ratio(n, CAPTURE, 1.3 if n == DIRECT else None)}) for n in ways]
-    # The longest prompts, so that the largest batch is the same in both.
-    few = sorted(examples, key=lambda e: len(e.prompt) + len(e.continuation))[-len(examples) // 3 :]
-    few = [e for e in examples if e.group in {f.group for f in few}]
+    texts = _equally_long(len(examples))
     held = [
         memory_of(lambda e=e: collect(model, tokenizer, e, directions, position="last_prompt", batch_size=4))
-        for e in (few, examples)
+        for e in (texts[: len(texts) // 3], texts)
     ]
     ratio = {"peak memory, x a third of the prompts": Cell(held[1].peak / held[0].peak, target=1.05)}
     lines.append(Line("the same, memory", ratio, f"peak {held[1].peak / MIB:.0f} MiB"))
