@@ -35,7 +35,7 @@ def head_map(values: Matrix, title: str = "effect") -> go.Figure:
 
 def neuron_ranks(scores: Sequence[Sequence[float]], ranks: Sequence[int], emotions: Sequence[str]) -> go.Figure:
     """Score of the k-th best neuron over k, both on log axes: how concentrated the emotion is."""
-    fig = figure("rank of the neuron", "contribution along the direction, share of the residual norm", 380)
+    fig = figure("rank of the neuron", "contribution, share of residual norm", 380)
     for emotion, row in zip(emotions, scores):
         y = [v if (v := number(s)) is not None and v > 0 else None for s in row]
         line = {"color": emotion_color(emotion), "width": 2}

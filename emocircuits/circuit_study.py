@@ -45,7 +45,7 @@ class CircuitPlan:
     n_effect_scenarios: int = 2
     n_curve_scenarios: int = 3
     n_influence_scenarios: int = 8
-    strengths: tuple[float, ...] = (0.7, 1.0)
+    strengths: tuple[float, ...] = (1.0, 2.0)
     """Doses to try, in units of the emotion's own mean difference."""
     direction_strengths: tuple[float, ...] = (0.15, 0.3)
     """The same for plain directions, which break the text long before they push as far as the circuit does."""
