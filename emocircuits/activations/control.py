@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HookError
-from .forward import Forward
+from .forward import Forward, ForwardTracker
 
 _outside: Any = torch.compiler.disable
 
@@ -139,8 +139,9 @@ def show(paces: Paces, control: Control, x: Tensor) -> None:
 
 
 @_outside
-def enter(paces: Paces, current: Forward | None, device: torch.device) -> None:
+def enter(paces: Paces, tracker: ForwardTracker, device: torch.device) -> None:
     """`Pace.enter` for all controls, outside compiled code."""
+    current = tracker.current
     if current is not None:
         for pace in paces.of.values():
             pace.enter(current, device)

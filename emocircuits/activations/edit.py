@@ -19,6 +19,8 @@ from .edits import HEAD_SITES, POSITIONS, SIDES, Ablate, Clamp, Edit, Project
 from .ownership import holding
 from .sites import check_site, expand_layers
 
+_outside: Any = torch.compiler.disable
+
 
 def on_layers(edit: Edit, layers: int | str | Sequence[int] | None, n_layers: int) -> list[Edit]:
     """The same edit at several layers ("all", numbers, negatives from the end)."""
@@ -141,12 +143,19 @@ class _Compiled:
         """None: everywhere; False: nowhere in this pass; else [B, T] True where the edit applies."""
         if isinstance(edit.positions, str) and edit.positions == "all" and edit.rows is None:
             return None
-        mask = _position_mask(edit, x, self.tracker.current)
-        if isinstance(mask, bool) or edit.rows is None:
-            return mask
-        repeats = self.tracker.current.repeats if self.tracker.current is not None else 1
-        rows = _row_mask(edit, x.shape[0] // repeats).to(x.device).repeat_interleave(repeats)[:, None]
-        return rows if mask is None else mask & rows
+        return _where(edit, x, self.tracker)
+
+
+@_outside
+def _where(edit: Edit, x: Tensor, tracker: fw.ForwardTracker) -> Tensor | None | Literal[False]:
+    """`_Compiled._mask` for edits of some positions or rows."""
+    current = tracker.current
+    mask = _position_mask(edit, x, current)
+    if isinstance(mask, bool) or edit.rows is None:
+        return mask
+    repeats = current.repeats if current is not None else 1
+    rows = _row_mask(edit, x.shape[0] // repeats).to(x.device).repeat_interleave(repeats)[:, None]
+    return rows if mask is None else mask & rows
 
 
 def _row_mask(edit: Edit, batch: int) -> Tensor:
@@ -296,7 +305,7 @@ class Installed:
         def entered(_: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
             given = [v for v in (*args, *(kwargs or {}).values()) if isinstance(v, Tensor)]
             if given and not self.tracker.elsewhere:
-                enter(self.paces, self.tracker.current, given[0].device)
+                enter(self.paces, self.tracker, given[0].device)
 
         handle = self.tracker.decoder.register_forward_pre_hook(entered, with_kwargs=True)
         self._stack.callback(handle.remove)
