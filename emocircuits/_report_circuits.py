@@ -47,8 +47,7 @@ def _verdict(curves: Data | None, evaluation: Data | None) -> str:
             )
             if attributed:
                 said.append(
-                    f"Without as many units chosen by attribution to that score instead it is {interval(attributed)}. "
-                    "Units that are needed for a score and units that move the text are not the same."
+                    f"Without as many units chosen by attribution to that score instead it is {interval(attributed)}."
                 )
     if evaluation:
         pairs = {c["b"]: c["difference"] for c in evaluation["comparisons"]}

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HookError
-from .forward import Forward, ForwardTracker
-
-_outside: Any = torch.compiler.disable
+from .forward import Forward, ForwardTracker, outside_compiled
 
 
 @dataclass
@@ -93,7 +91,7 @@ class Pace:
             )
         fresh = current.past == 0 or self._pass is None or current.call != self._pass.call
         if fresh:
-            self._state = {"": None} | self.control.begin(current.batch, device)
+            self._state = self.control.begin(current.batch, device)
         self._ids = self._history(current, fresh)
         if self.control.needs_ids and self._ids is None:
             raise HookError(
@@ -126,19 +124,19 @@ class Paces(threading.local):
         self.of = {control: Pace(control) for control in controls}
 
 
-@_outside
+@outside_compiled
 def factor_of(paces: Paces, control: Control, device: torch.device) -> Tensor:
     """`Pace.factor` outside compiled code, because its state changes with every pass."""
     return paces.of[control].factor(device)
 
 
-@_outside
+@outside_compiled
 def show(paces: Paces, control: Control, x: Tensor) -> None:
     """`Pace.observe` outside compiled code."""
     paces.of[control].observe(x)
 
 
-@_outside
+@outside_compiled
 def enter(paces: Paces, tracker: ForwardTracker, device: torch.device) -> None:
     """`Pace.enter` for all controls, outside compiled code."""
     current = tracker.current

@@ -19,8 +19,6 @@ from .edits import HEAD_SITES, POSITIONS, SIDES, Ablate, Clamp, Edit, Project
 from .ownership import holding
 from .sites import check_site, expand_layers
 
-_outside: Any = torch.compiler.disable
-
 
 def on_layers(edit: Edit, layers: int | str | Sequence[int] | None, n_layers: int) -> list[Edit]:
     """The same edit at several layers ("all", numbers, negatives from the end)."""
@@ -146,7 +144,7 @@ class _Compiled:
         return _where(edit, x, self.tracker)
 
 
-@_outside
+@fw.outside_compiled
 def _where(edit: Edit, x: Tensor, tracker: fw.ForwardTracker) -> Tensor | None | Literal[False]:
     """`_Compiled._mask` for edits of some positions or rows."""
     current = tracker.current

@@ -69,7 +69,7 @@ class Forward:
         return torch.where(real, torch.arange(self.length, device=device), -1).max(-1).values.clamp_min(0)
 
 
-_outside: Any = torch.compiler.disable
+outside_compiled: Any = torch.compiler.disable
 """What knows threads must run outside compiled code, where dynamo would take one thread's state for a constant."""
 
 
@@ -130,7 +130,7 @@ class ForwardTracker:
     def _named(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
         return dict(zip(self._signatures[id(module)], args)) | kwargs
 
-    @_outside
+    @outside_compiled
     def _outer(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         # Without kwargs: torch lost track of this hook, because another thread removes it just now.
         if self.elsewhere or kwargs is None:
@@ -138,7 +138,7 @@ class ForwardTracker:
         named = self._named(module, args, kwargs)
         self._seen.outer_mask, self._seen.outer_ids = named.get("attention_mask"), named.get("input_ids")
 
-    @_outside
+    @outside_compiled
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         if self.elsewhere or kwargs is None:
             return

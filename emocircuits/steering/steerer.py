@@ -83,7 +83,7 @@ class Steerer:
             raise InputError(f"{self.name!r} removes or bounds a component, so it has no random control of its norm")
         generator = torch.Generator().manual_seed(seed)
         terms = tuple(replace(t, vectors=_random_like(t.vectors, generator)) for t in self.terms)
-        return replace(self, terms=terms, name=f"random ({self.name})", cost=None, _installed=None)
+        return replace(self._with(terms), name=f"random ({self.name})")
 
     @staticmethod
     def sequence(parts: Sequence[tuple[Steerer | None, int | None]]) -> Steerer:
@@ -106,7 +106,7 @@ class Steerer:
 
     def __mul__(self, factor: float) -> Steerer:
         scaled = tuple(replace(t, strength=t.strength * factor) for t in self.terms)
-        return replace(self, terms=scaled, name=f"{factor:g}*{self.name}", cost=None, _installed=None)
+        return replace(self._with(scaled), name=f"{factor:g}*{self.name}")
 
     __rmul__ = __mul__
 
