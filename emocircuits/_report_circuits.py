@@ -21,7 +21,10 @@ def section(page: Page, found: Data) -> str:
         _verdict(curves, evaluation),
         _comparison(evaluation) if evaluation else "",
         _curves(page, curves) if curves else "",
+        _rank_curves(page, found["rank_curves"]) if found.get("rank_curves") else "",
         _discovery(page, circuits) if circuits else "",
+        _graphs(page, found["graphs"]) if found.get("graphs") else "",
+        _stability(found["stability"]) if found.get("stability") else "",
     ]
     return "".join(parts)
 
@@ -165,6 +168,54 @@ def _discovery(page: Page, found: Data) -> str:
     agreement = [[esc(name), num(value)] for name, value in heads["agreement"].items()]
     scores = table("Correlation of head scores.", ["scores", "Pearson"], agreement, wide=False)
     return f'<div class="grid">{"".join(figures)}</div>{members}{shared}{scores}'
+
+
+def _rank_curves(page: Page, found: Data) -> str:
+    """How far the best k units go."""
+    figures = []
+    for kind in ("neurons", "heads"):
+        for action, title in (("ablate", "Without the best"), ("enhance", "What is added by the best")):
+            if any((r["kind"], r["action"]) == (kind, action) for r in found["rows"]):
+                caption = "Solid: the best anywhere; dashed: the best of each layer; grey: as many random units."
+                figures.append(page.figure(plots.rank_curves(found["rows"], kind, action), f"{title} {kind}", caption))
+    return f'<div class="grid">{"".join(figures)}</div>'
+
+
+def _graphs(page: Page, found: Data) -> str:
+    """Who feeds whom, and how much of the score the members leave to units outside the graph."""
+    figures, rows = [], []
+    for emotion, graph in found["graphs"].items():
+        caption = (
+            "Units that the score needs most; heads are circles, neurons squares. An edge is the part of the emotion "
+            f"score ({esc(found['readout'])}) that one unit gives through another, or directly (to the diamond)."
+        )
+        figures.append(page.figure(plots.circuit_graph(graph, emotion), f"{emotion}: how its units work", caption))
+        effects = sum(abs(n["effect"]) for n in graph["nodes"])
+        inside, direct = sum(abs(e[2]) for e in graph["edges"]), sum(abs(n["direct"]) for n in graph["nodes"])
+        if effects:
+            rows.append([emotion_label(emotion), num(inside / effects), num(direct / effects)])
+    shares = table(
+        "Size of the flow between members and straight to the score, as a share of the members' effects (the rest "
+        "goes through units that are not drawn).",
+        ["emotion", "between members", "directly"], rows, wide=False,
+    )  # fmt: skip
+    return f'<div class="grid">{"".join(figures)}</div>{shares}'
+
+
+def _stability(found: Data) -> str:
+    rows = [
+        [esc(r["what"]), num(r["n_pairs"], ".0f"), *(_excess(r[kind]) for kind in ("heads", "neurons"))]
+        for r in found["rows"]
+    ]
+    return table(
+        "Circuits found again, directions and all, from other texts: overlap in excess of chance (0 chance, 1 "
+        f"identity), and the emotion with the least. {found['n_scenarios']} training scenarios each.",
+        ["what changed", "pairs", "heads", "neurons"], rows,
+    )  # fmt: skip
+
+
+def _excess(found: Data) -> str:
+    return f"{num(found['excess'])} ({esc(found['least_emotion'])} {num(found['least'])})"
 
 
 def _reads(reads: Data) -> str:

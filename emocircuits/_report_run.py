@@ -14,7 +14,7 @@ from emocircuits.errors import InputError
 
 Data = Mapping[str, Any]
 _NAMES = {"demo": "gemma-3-270m (demo)"}
-_CIRCUITS = ("circuits", "curves", "evaluation", "skipped")
+_CIRCUITS = ("circuits", "curves", "rank_curves", "graphs", "stability", "evaluation", "skipped")
 _STAGES = ("quality", "embedding", "tuning", "evaluation", "dose")
 
 

@@ -79,6 +79,78 @@ def circuit_curves(rows: Sequence[Row], action: str) -> go.Figure:
     return fig.update_yaxes(tickformat=".0%")
 
 
+def rank_curves(rows: Sequence[Row], kind: str, action: str) -> go.Figure:
+    """Share of the emotion score over the number k of best units: solid anywhere, dashed in each layer, grey random."""
+    label = {"ablate": "score without them", "enhance": "score they add"}[action]
+    fig = figure(f"best {kind}, k", label, 400)
+    mine = [r for r in rows if (r["kind"], r["action"]) == (kind, action)]
+    colors = {"direct": "#6B4FD8", "attribution": "#009E73"}
+    for rule, scope, control in dict.fromkeys((r["rule"], r["scope"], r["control"]) for r in mine):
+        points = [r for r in mine if (r["rule"], r["scope"], r["control"]) == (rule, scope, control)]
+        color, width = (colors.get(rule, QUIET), 2.2) if control == "best" else (QUIET, 1.2)
+        fig.add_scatter(
+            x=[p["k"] for p in points], y=numbers(p.get("estimate") for p in points),
+            name=text(f"{control} by {rule}, {scope}" if control == "best" else f"random, as {rule}, {scope}"),
+            mode="lines+markers", marker={"size": 5},
+            line={"color": color, "width": width, "dash": "solid" if scope == "anywhere" else "dash"},
+            error_y={"type": "data", "array": [_gap(p, "high") for p in points],
+                     "arrayminus": [_gap(p, "low") for p in points], "thickness": 0.8, "width": 2},
+        )  # fmt: skip
+    fig.update_xaxes(type="log", tickvals=sorted({r["k"] for r in mine}))
+    fig.add_hline(y=1 if action == "ablate" else 0, line={"color": QUIET, "width": 1, "dash": "dash"})
+    return fig.update_yaxes(tickformat=".0%")
+
+
+def circuit_graph(graph: Row, emotion: str, n_edges: int = 24) -> go.Figure:
+    """Members by layer (heads round, neurons square, area by effect), the strongest edges between them and the score.
+
+    Green raises the emotion score, red lowers it; width by size.
+    """
+    nodes = graph["nodes"]
+    places, top = _places(nodes), max((n["layer"] for n in nodes), default=0) + 1.5
+    flows = [(places[a], places[b], value) for a, b, value in graph["edges"]]
+    flows += [(places[i], (0.0, top), n["direct"]) for i, n in enumerate(nodes)]
+    flows = sorted(flows, key=lambda f: -abs(f[2]))[:n_edges]
+    most = max((abs(f[2]) for f in flows), default=1.0) or 1.0
+    fig = figure("", "layer", 460)
+    for (x0, y0), (x1, y1), value in flows:
+        line = {"color": "#009E73" if value > 0 else "#D55E00", "width": 0.6 + 5 * abs(value) / most}
+        fig.add_scatter(x=[x0, x1], y=[y0, y1], mode="lines", line=line, opacity=0.6, hoverinfo="skip",
+                        showlegend=False)  # fmt: skip
+        middle = {"x": [(x0 + x1) / 2], "y": [(y0 + y1) / 2]}
+        fig.add_scatter(**middle, mode="markers", marker={"size": 9, "opacity": 0}, showlegend=False,
+                        hovertemplate=f"{value:+.3g}<extra></extra>")  # fmt: skip
+    largest = max((abs(n["effect"]) for n in nodes), default=1.0) or 1.0
+    for kind, symbol in (("heads", "circle"), ("neurons", "square")):
+        mine = [(places[i], n) for i, n in enumerate(nodes) if n["kind"] == kind]
+        fig.add_scatter(
+            x=[p[0] for p, _ in mine], y=[p[1] for p, _ in mine], mode="markers+text", name=kind,
+            text=[f"{n['layer']}.{n['unit']}" for _, n in mine], textposition="bottom center", textfont={"size": 10},
+            customdata=[[n["effect"], n["direct"]] for _, n in mine],
+            hovertemplate=kind[:-1] + " %{text}: %{customdata[0]:+.3g}, directly %{customdata[1]:+.3g}<extra></extra>",
+            marker={"symbol": symbol, "color": emotion_color(emotion), "line": {"width": 1, "color": "#FFFFFF"},
+                    "size": [8 + 18 * (abs(n["effect"]) / largest) ** 0.5 for _, n in mine]},
+        )  # fmt: skip
+    fig.add_scatter(x=[0.0], y=[top], mode="markers+text", text=["score"], textposition="top center", showlegend=False,
+                    marker={"symbol": "diamond", "size": 14, "color": QUIET}, hoverinfo="skip")  # fmt: skip
+    fig.update_xaxes(visible=False, range=[-1.15, 1.15])
+    return fig.update_yaxes(range=[min((n["layer"] for n in nodes), default=0) - 1, top + 1], dtick=2)
+
+
+def _places(nodes: Sequence[Row]) -> list[tuple[float, float]]:
+    """(x, y) of each node: layers from bottom to top, heads a little below the neurons of their layer."""
+    rows: dict[tuple[int, str], list[int]] = {}
+    for i, n in enumerate(nodes):
+        rows.setdefault((n["layer"], n["kind"]), []).append(i)
+    places = [(0.0, 0.0)] * len(nodes)
+    for place, ((layer, kind), members) in enumerate(rows.items()):
+        shift = 0.12 if place % 2 else -0.12  # so that single units of neighbouring layers do not hide edges
+        for j, i in enumerate(members):
+            x = 0.0 if len(members) == 1 else -0.85 + 1.7 * j / (len(members) - 1)
+            places[i] = (x + shift, layer + (0.5 if kind == "neurons" else 0.0))
+    return places
+
+
 def _gap(point: Row, end: str) -> float:
     edge, middle = number(point.get(end)), number(point.get("estimate"))
     return 0.0 if edge is None or middle is None else abs(edge - middle)

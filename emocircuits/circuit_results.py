@@ -1,4 +1,4 @@
-"""What the circuit part of a run writes down: scores and their stability, curves with controls, the table."""
+"""What the circuit part of a run writes down: scores and their stability, the graph, the table of methods."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from .circuits.assemble import Circuit, overlap, top
+from .circuits.edges import graph
 from .circuits.heads import attended_tokens
-from .circuits.validate import Condition, area, ratio_interval, scores
 from .evaluation import scoring
 
 if TYPE_CHECKING:
     from .circuit_study import CircuitStudy
 
-ATTRIBUTED = "circuit by attribution"
-KEPT = ("circuit", "layer-matched random", ATTRIBUTED)
-"""What is also tested alone, with everything else at its mean."""
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
@@ -98,102 +95,27 @@ def _stability(study: CircuitStudy) -> dict[str, Any]:
     return {k: scoring.number(np.mean(v)) for k, v in found.items()}
 
 
-def curves(study: CircuitStudy) -> dict[str, Any]:
-    """The content of curves.json: for every size what keeping, ablating and enhancing the circuit does.
+def graphs(study: CircuitStudy) -> dict[str, Any]:
+    """The content of graphs.json: each emotion's units by attribution, with edges by path attribution.
 
-    Circuits are chosen by direct effect (they steer) and by attribution to the score, each beside random units.
-    Faithfulness: the emotion score with only the circuit intact, as a share of the whole model's (all units put to
-    their mean count as nothing). Completeness is that share without the circuit. Enhancement adds the circuit's
-    difference to neutral replies; its unit is the gap between an emotion's own texts and neutral ones.
+    An edge [sender, receiver, value] is the part of the emotion score that one member gives through another.
     """
-    demo, units, readout = study.demo, study.units(), study.readout()
-    model, tokenizer = demo.loaded
-    nobody = {e: Circuit(e, (), (), (), ()) for e in units.emotions}
-    conditions, keys = [Condition("nothing", nobody, "keep")], []
-    for size in range(len(study.plan.sizes)):
-        for control, circuits in _controls(study, size).items():
-            for action in ("keep", "ablate"):
-                if control in KEPT or action == "ablate":
-                    conditions.append(Condition(f"{control} {action}", circuits, action))
-                    keys.append((size, control, action))
-        conditions.append(Condition("resample", study.circuits(size), "keep", "resample"))
-        keys.append((size, "circuit (resample)", "keep"))
-    texts = study.texts(study.plan.n_curve_scenarios, held_out=True)
-    found = scores(
-        model, tokenizer, texts, readout, units, conditions, seed=demo.plan.seed, progress=demo.progress,
-        title="ablating circuits",
-    ).numpy()  # fmt: skip
-    clusters = [e.cluster for e in texts]
-    rows = []
-    for column, (size, control, action) in enumerate(keys, 2):
-        share = ratio_interval(found[:, 0], found[:, column], found[:, 1], clusters, seed=demo.plan.seed)
-        rows.append({**_size(study, size), "control": control, "action": action, **share})
-    rows += _enhancement(study)
-    return {
-        "rows": rows,
-        "areas": _areas(rows),
-        "n_texts": len(texts),
-        "readout": readout.what,
-        "chosen": study.plan.chosen,
-    }
-
-
-def _size(study: CircuitStudy, size: int) -> dict[str, Any]:
-    circuit = next(iter(study.circuits(size).values()))
-    return {"size": size, "n_heads": len(circuit.heads), "n_neurons": len(circuit.neurons)}
-
-
-def _controls(study: CircuitStudy, size: int) -> dict[str, dict[str, Circuit]]:
-    circuits, attributed = study.circuits(size), study.circuits(size, "attribution")
-    emotions = list(circuits)
-    return {
-        "circuit": circuits,
-        "layer-matched random": {e: study.random_circuit(c) for e, c in circuits.items()},
-        "size-matched random": {e: study.random_circuit(c, sizes=True) for e, c in circuits.items()},
-        ATTRIBUTED: attributed,
-        f"{ATTRIBUTED}, random": {e: study.random_circuit(c) for e, c in attributed.items()},
-        "another emotion's": {e: circuits[emotions[(i + 1) % len(emotions)]] for i, e in enumerate(emotions)},
-    }
-
-
-def _enhancement(study: CircuitStudy) -> list[dict[str, Any]]:
-    from dataclasses import replace
-
-    demo, units, readout = study.demo, study.units(), study.readout()
-    model, tokenizer = demo.loaded
-    own = study.texts(study.plan.n_curve_scenarios, held_out=True)
-    plain = {g.skeleton_id: r.get("neutral") for g, r in demo.heldout.reply_groups()}
-    own = [e for e in own if plain.get(e.cluster)]
-    if not own:
-        return []
-    neutral = [replace(e, response=str(plain[e.cluster])) for e in own]
-    conditions, keys = [], []
-    for size in range(len(study.plan.sizes)):
-        for control, circuits in _controls(study, size).items():
-            if control not in ("size-matched random", f"{ATTRIBUTED}, random"):
-                conditions.append(Condition(control, circuits, "enhance"))
-                keys.append((size, control))
-    whole = scores(model, tokenizer, own, readout, units, []).numpy()[:, 0]
-    found = scores(
-        model, tokenizer, neutral, readout, units, conditions, seed=demo.plan.seed, progress=demo.progress,
-        title="enhancing circuits",
-    ).numpy()  # fmt: skip
-    rows = []
-    for column, (size, control) in enumerate(keys, 1):
-        share = ratio_interval(whole, found[:, column], found[:, 0], [e.cluster for e in neutral], seed=demo.plan.seed)
-        rows.append({**_size(study, size), "control": control, "action": "enhance", **share})
-    return rows
-
-
-def _areas(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Mean height of each curve over log size."""
-    out: dict[str, float | None] = {}
-    for control, action in dict.fromkeys((r["control"], r["action"]) for r in rows):
-        mine = [r for r in rows if (r["control"], r["action"]) == (control, action)]
-        out[f"{control}, {action}"] = scoring.number(
-            area([r["n_neurons"] for r in mine], [r["estimate"] for r in mine])
-        )
-    return out
+    model, (heads, neurons) = study.demo.loaded.model, study.scores("attribution")
+    baselines = {site: study.units().baseline(site) for site in ("z", "mlp_post")}
+    texts, out = study.texts(study.plan.n_effect_scenarios), {}
+    for i, emotion in enumerate(study.units().emotions):
+        best = top(emotion, heads[i], neurons[i], *study.plan.graph_size)
+        (inputs,) = study.batches([e.prompt + e.response for e in texts if e.label == emotion], len(texts))
+        found = graph(model, inputs, study.readout(), best, baselines)
+        sends = found.edges.nonzero().tolist()
+        out[emotion] = {
+            "nodes": [
+                {"kind": kind, "layer": layer, "unit": unit, "effect": float(found.effects[n]),
+                 "direct": float(found.direct[n])} for n, (kind, layer, unit) in enumerate(found.nodes)
+            ],
+            "edges": [[a, b, float(found.edges[a, b])] for a, b in sends],
+        }  # fmt: skip
+    return {"graphs": out, "readout": study.readout().what}
 
 
 def evaluate(study: CircuitStudy) -> dict[str, Any]:

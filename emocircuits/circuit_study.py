@@ -54,6 +54,12 @@ class CircuitPlan:
     """Draws of random units; scenarios take turns."""
     n_validation: int = 3
     n_heldout: int = 8
+    graph_size: tuple[int, int] = (6, 10)
+    """Heads and neurons in each emotion's graph."""
+    ks: tuple[int, ...] = ()
+    """Numbers of best units whose ablation and enhancement are drawn, anywhere and in each layer."""
+    n_stability: int = 0
+    """Training scenarios from which circuits are found again, for each other choice of texts; 0: not done."""
 
     @classmethod
     def full(cls) -> CircuitPlan:
@@ -62,7 +68,7 @@ class CircuitPlan:
             sizes=((0.02, 0.001), (0.06, 0.004), (0.125, 0.016), (0.25, 0.06), (0.5, 0.25)), chosen=3,
             n_read=None, n_effect_scenarios=4, n_curve_scenarios=6, n_influence_scenarios=20,
             strengths=(0.7, 1.0, 1.4, 2.0), direction_strengths=(0.1, 0.2, 0.3), methods=METHODS,
-            n_validation=6, n_heldout=40,
+            n_validation=6, n_heldout=40, ks=(1, 2, 4, 8, 16, 32, 64, 128), n_stability=60,
         )  # fmt: skip
 
     @classmethod
@@ -71,6 +77,7 @@ class CircuitPlan:
         return cls(
             sizes=((0.1, 0.02), (0.4, 0.1)), chosen=1, n_effect_scenarios=1, n_curve_scenarios=2, n_validation=1,
             n_influence_scenarios=2, strengths=(0.5, 1.0), direction_strengths=(0.2,), n_heldout=2,
+            graph_size=(2, 3), ks=(1, 4), n_stability=2,
         )  # fmt: skip
 
 
@@ -95,6 +102,8 @@ class CircuitStudy:
             self.run.json_stage("skipped", lambda: {"reason": reason})
             return
         self.discovery()
+        self.graphs()
+        self.stability()
         self.validation()
         self.evaluation()
 
@@ -151,7 +160,7 @@ class CircuitStudy:
         model, readout, units = self.demo.loaded.model, self.readout(), self.units()
         baselines = {site: units.baseline(site) for site in ("z", "mlp_post")}
         parts: dict[str, list[Tensor]] = {"exact": [], "gradient": [], "neurons": []}
-        batches, progress = self._batches([e.prompt + e.response for e in examples], 6), self.demo.progress
+        batches, progress = self.batches([e.prompt + e.response for e in examples], 6), self.demo.progress
         task = progress.add_task("ablating heads", total=len(batches)) if progress else None
         for inputs in batches:
             exact = total_effects(
@@ -164,7 +173,7 @@ class CircuitStudy:
                 progress.advance(task)
         return {name: torch.cat(values) for name, values in parts.items()}
 
-    def _batches(self, texts: Sequence[str], size: int) -> list[dict[str, Tensor]]:
+    def batches(self, texts: Sequence[str], size: int) -> list[dict[str, Tensor]]:
         from .data.prompts import encode_prompt
 
         tokenizer = self.demo.loaded.tokenizer
@@ -190,11 +199,14 @@ class CircuitStudy:
         units, norms = self.units(), self.demo.norms()[:, None]
         return units.heads(folds=folds) / norms, units.neurons(folds=folds) / norms
 
+    def counts(self, size: int | None = None) -> list[int]:
+        """Heads and neurons of a circuit at one of the plan's sizes (the one that steers when None)."""
+        shares = self.plan.sizes[self.plan.chosen if size is None else size]
+        return [max(1, round(share * s[0].numel())) for share, s in zip(shares, self.scores())]
+
     def circuits(self, size: int | None = None, rule: str = "direct") -> dict[str, Circuit]:
         """Each emotion's circuit at one of the plan's sizes; the one by direct effect steers."""
-        units, scores = self.units(), self.scores(rule)
-        shares = self.plan.sizes[self.plan.chosen if size is None else size]
-        counts = [max(1, round(share * s[0].numel())) for share, s in zip(shares, scores)]
+        units, scores, counts = self.units(), self.scores(rule), self.counts(size)
         made = {"fingerprint": units.fingerprint, "provenance": {"seed": self.demo.plan.seed, "ranked_by": rule}}
         return {e: top(e, scores[0][i], scores[1][i], *counts, **made) for i, e in enumerate(units.emotions)}
 
@@ -227,15 +239,29 @@ class CircuitStudy:
         upper = list(range(round(0.75 * n), max(round(0.93 * n), round(0.75 * n) + 1)))
         texts = [g.text for g in one_valence(self.demo.validation)][: self.plan.n_influence_scenarios]
         model = self.demo.loaded.model
-        return sublayer_influence(model, self._batches(texts, 8), sets, reference(list(sets.values()), upper))
+        return sublayer_influence(model, self.batches(texts, 8), sets, reference(list(sets.values()), upper))
 
     # -- validation and control ----------------------------------------------------------------------------------
 
     def validation(self) -> dict[str, Any]:
         """curves.json: faithfulness, completeness and enhancement over sizes, beside random and foreign circuits."""
-        from .circuit_results import curves
+        from .circuit_curves import curves, rank_curves
 
+        if self.plan.ks:
+            self.run.json_stage("rank_curves", lambda: rank_curves(self))
         return self.run.json_stage("curves", lambda: curves(self))
+
+    def graphs(self) -> dict[str, Any]:
+        """graphs.json: for each emotion how the units that its score needs most feed each other."""
+        from .circuit_results import graphs
+
+        return self.run.json_stage("graphs", lambda: graphs(self))
+
+    def stability(self) -> dict[str, Any] | None:
+        """stability.json: circuits found again from other scenarios, wordings and readings; None when not planned."""
+        from .circuit_stability import stability
+
+        return self.run.json_stage("stability", lambda: stability(self)) if self.plan.n_stability else None
 
     def random_circuit(self, circuit: Circuit, sizes: bool = False, draw: int = 0) -> Circuit:
         """The control of a circuit: as many other units in the same layers, of the same activation size if asked."""

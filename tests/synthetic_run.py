@@ -37,7 +37,7 @@ def write_run(
 
 
 def circuits(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) -> dict[str, Any]:
-    """circuits/circuits.json, curves.json and evaluation.json."""
+    """circuits/circuits.json, curves.json, evaluation.json and what the full comparison adds."""
     n, heads, ranks = len(emotions), 4, [1, 4, 16, 64]
     effects = rng.normal(0, 0.1, (n, layers, heads)).tolist()
     effects[0][layers - 1] = [None] * heads
@@ -60,6 +60,7 @@ def circuits(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) -
         for control in ("circuit", "layer-matched random", "another emotion's")
         for action in ("keep", "ablate", "enhance")
     ]  # fmt: skip
+    excess = {"excess": 0.5, "least": None, "least_emotion": emotions[0]}
     base = evaluation(rng, emotions)["methods"]
     names = {"circuit": "steered", "random units": "random", "directions, same sites": "random",
              "direction steering": "steered", "prompting": "prompted", "random direction": "random"}  # fmt: skip
@@ -76,7 +77,26 @@ def circuits(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) -
         "circuits": found,
         "curves": {"rows": rows, "areas": {"circuit, keep": 0.4}, "n_texts": 24, "readout": "projection", "chosen": 2},
         "evaluation": compared,
-    }
+        "rank_curves": {
+            "rows": [
+                {"rule": "direct", "kind": "neurons", "scope": scope, "k": k, "control": control, "action": action,
+                 **interval(0.1 * k)}
+                for scope in ("anywhere", "in each layer") for k in (1, 4) for control in ("best", "random")
+                for action in ("ablate", "enhance")
+            ],
+        },
+        "graphs": {"graphs": dict.fromkeys(emotions, graph()), "readout": "projection"},
+        "stability": {
+            "rows": [{"what": "wording <b>", "n_pairs": 3, "heads": excess, "neurons": excess}], "n_scenarios": 8,
+        },
+    }  # fmt: skip
+
+
+def graph() -> dict[str, Any]:
+    """Two heads and a neuron, with one edge that lowers the score."""
+    places = (("heads", 0, 1), ("neurons", 1, 40), ("heads", 2, 3))
+    nodes = [{"kind": k, "layer": n, "unit": u, "effect": 0.2 * n, "direct": 0.1} for k, n, u in places]
+    return {"nodes": nodes, "edges": [[0, 1, 0.2], [0, 2, -0.1]]}
 
 
 def interval(estimate: float, half: float = 0.05, n: int = 240) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..models.anatomy import Anatomy
+from ..models.anatomy import Anatomy, is_quantised
 
 if TYPE_CHECKING:
     from .edits import Edit
@@ -35,7 +35,7 @@ def constant_add(edit: Edit, model: nn.Module, anatomy: Anatomy) -> bool:
     if path is None or not isinstance(edit, Add) or edit.positions != "all" or edit.control is not None:
         return False
     linear = model.get_submodule(path)
-    plain = type(linear) is nn.Linear and not hasattr(linear, "_hf_hook") and linear.weight.is_floating_point()
+    plain = type(linear) is nn.Linear and not hasattr(linear, "_hf_hook") and not is_quantised(linear.weight)
     if not plain or edit.rows is not None or edit.units is not None:
         return False
     delta = edit.delta()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HookError
-from ..models.anatomy import Anatomy, resolve, unwrap
+from ..models.anatomy import Anatomy, is_quantised, resolve, unwrap
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _side(model: nn.Module, anatomy: Anatomy, site: str, out: str, layer: int) -
         )
     weight = project.weight
     assert isinstance(weight, Tensor)
-    if not weight.is_floating_point():
+    if is_quantised(weight):
         raise HookError(f"the projection behind {site!r} of layer {layer} is quantised; load the model unquantised")
     is_conv1d = type(project).__name__ == "Conv1D"
     norm = (

@@ -393,3 +393,8 @@ def features(module: nn.Module) -> tuple[int, int]:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return int(weight.shape[0]), int(weight.shape[1])
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is stored as integers, or as a tensor subclass that only its own library can compute with."""
+    return not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ArtefactError
+from .anatomy import is_quantised
 from .lens import transformers_parameters
 
 N_PARAMETERS, N_ENTRIES = 64, 256
@@ -40,7 +41,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             "name": str(getattr(config, "_name_or_path", "") or type(model).__name__).rstrip("/").split("/")[-1],
             "revision": getattr(config, "_commit_hash", None),
             "architecture": type(model).__name__,
-            "n_params": sum(p.numel() for _, p in transformers_parameters(model)),
+            "n_params": sum(_numel(p) for _, p in transformers_parameters(model)),
             "config_sha256": _config_hash(config),
             "weights_sha256": _weights_hash(model),
         }
@@ -58,6 +59,12 @@ def _stable(value: Any) -> Any:
     return [_stable(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def _numel(parameter: torch.Tensor) -> int:
+    """Entries of a parameter; bitsandbytes packs two of 4 bits into one, and remembers the shape they had."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else int(torch.Size(packed.shape).numel())
+
+
 @torch.no_grad()
 def _weights_hash(model: nn.Module) -> str:
     named = sorted(transformers_parameters(model), key=lambda pair: pair[0])
@@ -65,7 +72,7 @@ def _weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in named[::step]:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        if parameter.device.type == "meta" or not parameter.is_floating_point():
+        if parameter.device.type == "meta" or is_quantised(parameter):
             continue
         flat = parameter.detach().reshape(-1)
         count = min(N_ENTRIES, flat.numel())

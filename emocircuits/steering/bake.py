@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..activations.bias import BEFORE, is_biased
 from ..activations.edits import Add
 from ..errors import HookError, InputError
-from ..models.anatomy import Anatomy, resolve, text_config, unwrap
+from ..models.anatomy import Anatomy, is_quantised, resolve, text_config, unwrap
 from .steerer import Steerer
 
 INSTEAD = "attach the steerer, or write it for another engine (to_gguf)"
@@ -120,7 +120,7 @@ def _require_plain(model: nn.Module) -> None:
 def _require_weights(module: nn.Module, path: str, anatomy: Anatomy) -> None:
     weight = getattr(module, "weight", None)
     known = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    if not known or not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
+    if not known or not isinstance(weight, Tensor) or is_quantised(weight) or weight.is_meta:
         raise HookError(
             f"{path} of this {anatomy.family} model is a {type(module).__name__} whose weights cannot be saved with a"
             " bias (quantised, offloaded or an adapter); load the plain model"
