@@ -54,16 +54,16 @@ class Call:
         """Keys or values [B, n_kv_heads, K, D] as every head sees them, [B, n_heads, K, D]."""
         return x.repeat_interleave(self.query.shape[1] // x.shape[1], dim=1)
 
-    def bias(self, rows: slice = slice(None)) -> Tensor | None:
-        """The mask as a float32 tensor that is added to the scores of these query rows, [B or 1, 1, Q, K] (or None)."""
+    def bias(self) -> Tensor | None:
+        """The mask as a float32 tensor that is added to the scores, [B or 1, 1, Q, K] (or None)."""
         q_len, k_len = self.query.shape[2], self.key.shape[2]
         if self.mask is None:
             if not self.causal:
                 return None
             columns = torch.arange(k_len, device=self.query.device)
-            hidden = columns > torch.arange(q_len, device=self.query.device)[rows, None]
+            hidden = columns > torch.arange(q_len, device=self.query.device)[:, None]
             return torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, _lowest())[None, None]
-        mask = self.mask[:, :, rows, :k_len]
+        mask = self.mask[..., :k_len]
         if mask.dtype == torch.bool:
             return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, _lowest())
         return mask.float()
@@ -167,15 +167,16 @@ def _eager_of(module: nn.Module) -> Any:
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
-def probabilities(call: Call, rows: slice = slice(None)) -> Tensor:
-    """softmax(q k^T * scaling) of these query rows under the call's mask, [B, n_heads, Q, K], in float32.
+def probabilities(call: Call, boost: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """softmax(q k^T * scaling) under the call's mask, [B, n_heads, Q, K], in float32; `boost` changes the scores first.
 
     With attention sinks (`s_aux`), which take their share of each row, rows sum to less than one.
     """
-    scores = call.query[:, :, rows].float() @ call.repeated(call.key).float().mT * call.scaling
+    scores = call.query.float() @ call.repeated(call.key).float().mT * call.scaling
     if softcap := call.kwargs.get("softcap"):
         scores = softcap * torch.tanh(scores / softcap)
-    bias = call.bias(rows)
+    scores = scores if boost is None else boost(scores)
+    bias = call.bias()
     scores = scores if bias is None else scores + bias
     sinks = call.kwargs.get("s_aux")
     if sinks is not None:
