@@ -90,8 +90,10 @@ def rank_curves(rows: Sequence[Row], kind: str, action: str) -> go.Figure:
         color, width = (colors.get(rule, QUIET), 2.2) if control == "best" else (QUIET, 1.2)
         fig.add_scatter(
             x=[p["k"] for p in points], y=numbers(p.get("estimate") for p in points),
-            name=text(f"{control} by {rule}, {scope}" if control == "best" else f"random, as {rule}, {scope}"),
-            mode="lines+markers", marker={"size": 5},
+            name=text(f"by {rule}" if control == "best" else "random"), legendgroup=f"{control} {rule}",
+            showlegend=scope == "anywhere" and (control == "best" or rule == "direct"),
+            mode="lines+markers", marker={"size": 5}, hovertemplate="%{x}: %{y:.0%}<extra>" + text(f"{rule}, {scope}")
+            + (", random" if control == "random" else "") + "</extra>",
             line={"color": color, "width": width, "dash": "solid" if scope == "anywhere" else "dash"},
             error_y={"type": "data", "array": [_gap(p, "high") for p in points],
                      "arrayminus": [_gap(p, "low") for p in points], "thickness": 0.8, "width": 2},

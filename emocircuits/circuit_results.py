@@ -106,15 +106,7 @@ def graphs(study: CircuitStudy) -> dict[str, Any]:
     for i, emotion in enumerate(study.units().emotions):
         best = top(emotion, heads[i], neurons[i], *study.plan.graph_size)
         (inputs,) = study.batches([e.prompt + e.response for e in texts if e.label == emotion], len(texts))
-        found = graph(model, inputs, study.readout(), best, baselines)
-        sends = found.edges.nonzero().tolist()
-        out[emotion] = {
-            "nodes": [
-                {"kind": kind, "layer": layer, "unit": unit, "effect": float(found.effects[n]),
-                 "direct": float(found.direct[n])} for n, (kind, layer, unit) in enumerate(found.nodes)
-            ],
-            "edges": [[a, b, float(found.edges[a, b])] for a, b in sends],
-        }  # fmt: skip
+        out[emotion] = graph(model, inputs, study.readout(), best, baselines).as_data()
     return {"graphs": out, "readout": study.readout().what}
 
 

@@ -54,7 +54,7 @@ class CircuitPlan:
     """Draws of random units; scenarios take turns."""
     n_validation: int = 3
     n_heldout: int = 8
-    graph_size: tuple[int, int] = (6, 10)
+    graph_size: tuple[int, int] = (4, 6)
     """Heads and neurons in each emotion's graph."""
     ks: tuple[int, ...] = ()
     """Numbers of best units whose ablation and enhancement are drawn, anywhere and in each layer."""
@@ -68,7 +68,8 @@ class CircuitPlan:
             sizes=((0.02, 0.001), (0.06, 0.004), (0.125, 0.016), (0.25, 0.06), (0.5, 0.25)), chosen=3,
             n_read=None, n_effect_scenarios=4, n_curve_scenarios=6, n_influence_scenarios=20,
             strengths=(0.7, 1.0, 1.4, 2.0), direction_strengths=(0.1, 0.2, 0.3), methods=METHODS,
-            n_validation=6, n_heldout=40, ks=(1, 2, 4, 8, 16, 32, 64, 128), n_stability=60,
+            n_validation=6, n_heldout=40, graph_size=(6, 10), ks=(1, 2, 4, 8, 16, 32, 64, 128),
+            n_stability=60,
         )  # fmt: skip
 
     @classmethod

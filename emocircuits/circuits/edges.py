@@ -42,6 +42,15 @@ class Graph:
     edges: Tensor
     direct: Tensor
 
+    def as_data(self) -> dict[str, Any]:
+        """Plain data for JSON and plots: nodes, and edges [sender, receiver, value] by place in `nodes`."""
+        rows = zip(self.nodes, self.effects.tolist(), self.direct.tolist())
+        nodes = [
+            {"kind": kind, "layer": layer, "unit": unit, "effect": effect, "direct": direct}
+            for (kind, layer, unit), effect, direct in rows
+        ]
+        return {"nodes": nodes, "edges": [[a, b, float(self.edges[a, b])] for a, b in self.edges.nonzero().tolist()]}
+
 
 def graph(
     model: Any, inputs: Mapping[str, Any], readout: Readout, circuit: Circuit, baselines: Mapping[str, Tensor | None]
