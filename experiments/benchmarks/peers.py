@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from harness import Line, Way
 from torch import Tensor
@@ -151,6 +152,7 @@ def bridge_steer(bridge: Any, ids: Tensor, new_tokens: int, layer: int, vector: 
 
 def repeng_steer(model: Any, ids: Tensor, new_tokens: int, layer: int, vector: Tensor) -> Way:
     """repeng's ControlModel around a twin; setting and resetting the control counts."""
+    setattr(np, "float_", np.float64)  # noqa: B010  (repeng 0.4 names it, NumPy 2 has dropped it)
     repeng = require("repeng")
     wrapped = repeng.ControlModel(twin(model), [layer])
     control = repeng.ControlVector(model.config.model_type, {layer: vector.numpy()})
