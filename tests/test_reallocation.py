@@ -14,7 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from emocircuits.errors import ArtefactError, HookError, InputError
 from emocircuits.models.anatomy import resolve
-from emocircuits.multimodal import ModalitySpans, placeholders
+from emocircuits.models.spans import ModalitySpans, placeholders
 from emocircuits.steering import Steerer, Term
 from emocircuits.steering.policies import Boost, Multiply, SetPoint, Sinks, Transfer
 from emocircuits.steering.reallocation import Reallocation

@@ -25,7 +25,7 @@ from ..activations.sites import expand_layers
 from ..errors import ArtefactError, HookError, InputError, unknown
 from ..models.anatomy import Anatomy, resolve, unwrap
 from ..models.fingerprint import check_fits, fingerprint
-from ..multimodal.spans import LiveSpans, ModalitySpans, placeholders
+from ..models.spans import LiveSpans, ModalitySpans, placeholders
 from .policies import POLICIES, Boost, Multiply, Policy, Sinks
 
 KIND = "reallocation"

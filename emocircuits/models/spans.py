@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import local
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..activations.forward import Forward
 from ..errors import InputError, unknown
-from ..models.anatomy import unwrap
+from .anatomy import unwrap
+
+if TYPE_CHECKING:
+    from ..activations.forward import Forward
 
 TEXT = "text"
 MODALITIES = ("audio", "image", "video")
