@@ -183,3 +183,16 @@ def probabilities(call: Call, boost: Callable[[Tensor], Tensor] | None = None) -
         sinks = sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         return torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
     return scores.softmax(-1)
+
+
+def one_query(call: Call, rows: Tensor) -> Call:
+    """The call of one query of each text only, rows [B], as the mask shows it its keys."""
+    index, keys = rows[:, None, None, None], torch.arange(call.key.shape[2], device=rows.device)
+    query = call.query.gather(2, index.expand(-1, call.query.shape[1], 1, call.query.shape[-1]))
+    mask = call.mask
+    if mask is not None:
+        mask = mask[..., : len(keys)].expand(len(rows), -1, -1, -1)
+        mask = mask.gather(2, index.expand(-1, 1, 1, len(keys)))
+    elif call.causal:
+        mask = (keys <= rows[:, None])[:, None, None]
+    return replace(call, query=query, mask=mask, kwargs={**call.kwargs, "scaling": call.scaling})

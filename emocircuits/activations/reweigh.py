@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import Call, Proceed
+from .attention import Call, Proceed, one_query
 
 MULTIPLE = 8
 """Kernels want head sizes that are multiples of this."""
@@ -109,20 +109,6 @@ Rows = Callable[[Call], Tensor]
 def on_rows(call: Call, result: Any, rows: Tensor, probabilities: Rows) -> Any:
     """The kernel's result, with attention of our own at one query of each text, `rows` [B]."""
     output, *rest = result
-    index = rows[:, None, None, None]
-    one = replace(
-        call, query=call.query.gather(2, index.expand(-1, call.query.shape[1], 1, call.query.shape[-1])),
-        mask=_rows_of(call, rows), kwargs={**call.kwargs, "scaling": call.scaling},
-    )  # fmt: skip
-    changed = probabilities(one).to(call.value.dtype) @ call.repeated(call.value)  # [B, H, 1, D]
-    index = index.expand(-1, 1, *output.shape[2:])
+    changed = probabilities(one_query(call, rows)).to(call.value.dtype) @ call.repeated(call.value)  # [B, H, 1, D]
+    index = rows[:, None, None, None].expand(-1, 1, *output.shape[2:])
     return (output.scatter(1, index, changed.transpose(1, 2).to(output.dtype)), *rest)
-
-
-def _rows_of(call: Call, rows: Tensor) -> Tensor | None:
-    """The mask of one query per text, [B, 1, 1, K]."""
-    bias = call.bias()
-    if bias is None:
-        return None
-    index = rows[:, None, None, None].expand(-1, 1, 1, bias.shape[-1])
-    return bias.expand(len(rows), -1, -1, -1).gather(2, index)
