@@ -69,18 +69,17 @@ def test_effects_equal_replaced_embeddings(name: str) -> None:
     column = found.modalities.index(modality)
     torch.testing.assert_close(found.effects["mean"][:, column], clean - odds(by_mean), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.effects["resample"][:, column], clean - odds(swapped), rtol=1e-4, atol=1e-5)
-    less = x - 1e-3 * (x - by_mean)
-    slope = (clean - odds(less)) / 1e-3
-    torch.testing.assert_close(found.gradient[:, column], slope, rtol=5e-2, atol=5e-3)
+    more, less = (x + sign * 1e-3 * (x - by_mean) for sign in (1, -1))
+    slope = (odds(more) - odds(less)) / 2e-3
+    torch.testing.assert_close(found.gradient[:, column], slope, rtol=2e-2, atol=2e-3)
 
 
-@torch.no_grad()
 def test_a_modality_that_says_nothing_has_no_effect() -> None:
     """The picture's projector is silenced, so that every picture gives the same tokens."""
     model, inputs, spans, _, _ = case("qwen2_5_omni")
     merger = next(module for path, module in model.named_modules() if path.endswith("merger"))
     for parameter in merger.parameters():
-        parameter.zero_()
+        parameter.data.zero_()
     found = measure(model, inputs, ANSWERS, spans=spans)
     audio, image = (found.modalities.index(n) for n in ("audio", "image"))
     for mode in ("mean", "resample"):

@@ -112,10 +112,10 @@ def test_patterns_equal_eager_attention_and_leave_the_kernel_alone(name: str, pa
 
 
 def test_attention_sinks_take_their_share() -> None:
-    from emocircuits.activations.pattern import probabilities
+    from emocircuits.activations.attention import Call, probabilities
 
     q, k, sinks = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(4)
-    found = probabilities(torch.nn.Identity(), q, k, None, s_aux=sinks)
+    found = probabilities(Call(0, torch.nn.Identity(), q, k, k, None, {"s_aux": sinks}))
     scores = q @ k.repeat_interleave(2, 1).mT * 8**-0.5 + torch.full((5, 5), -torch.inf).triu(1)
     expected = scores.exp() / (scores.exp().sum(-1, keepdim=True) + sinks.exp()[:, None, None])
     torch.testing.assert_close(found, expected)

@@ -24,7 +24,7 @@ TEXT = "others"  # a span of ordinary tokens stands in where a model has one mod
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
 
-def case(name: str, sharp: float = 4.0) -> tuple[Any, dict[str, Any], ModalitySpans, str, str]:
+def case(name: str, sharp: float = 3.0) -> tuple[Any, dict[str, Any], ModalitySpans, str, str]:
     """A model with peaky attention, inputs, and spans of two names that policies can move attention between."""
     model = zoo.build(name)
     anatomy = resolve(model)

@@ -54,6 +54,18 @@ class Call:
         """Keys or values [B, n_kv_heads, K, D] as every head sees them, [B, n_heads, K, D]."""
         return x.repeat_interleave(self.query.shape[1] // x.shape[1], dim=1)
 
+    def grouped(self, x: Tensor) -> Tensor:
+        """[B, n_heads, Q, D] as [B, n_kv_heads, G * Q, D], G being the heads that share a key/value head.
+
+        So that keys and values need not be repeated, which would copy the whole cache.
+        """
+        return x.reshape(len(x), self.key.shape[1], -1, x.shape[-1])
+
+    def attended(self, p: Tensor) -> Tensor:
+        """Output [B, Q, n_heads, D] for probabilities [B, n_heads, Q, K]."""
+        out = self.grouped(p.to(self.value.dtype)) @ self.value
+        return out.reshape(*p.shape[:3], -1).transpose(1, 2)
+
     def bias(self) -> Tensor | None:
         """The mask as a float32 tensor that is added to the scores, [B or 1, 1, Q, K] (or None)."""
         q_len, k_len = self.query.shape[2], self.key.shape[2]
@@ -172,7 +184,8 @@ def probabilities(call: Call, boost: Callable[[Tensor], Tensor] | None = None) -
 
     With attention sinks (`s_aux`), which take their share of each row, rows sum to less than one.
     """
-    scores = call.query.float() @ call.repeated(call.key).float().mT * call.scaling
+    scores = call.grouped(call.query.float()) @ call.key.float().mT * call.scaling
+    scores = scores.reshape(*call.query.shape[:3], -1)
     if softcap := call.kwargs.get("softcap"):
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores if boost is None else boost(scores)

@@ -72,34 +72,36 @@ def reweighted(call: Call, output: Tensor, masses: Tensor, regions: Tensor, weig
     change = (weights - 1) * masses  # [B, H, Q, R]
     total, norm = output.transpose(1, 2).float(), 1 + change.sum(-1, keepdim=True)
     for r in range(regions.shape[1]):
-        if bool(change[..., r].any()):
-            total = total + change[..., r, None] * _alone(call, regions[:, r])
+        touched = change[..., r].flatten(0, 1).any(0).nonzero()
+        if len(touched):
+            first = int(touched[0])  # earlier queries need no work
+            added = change[:, :, first:, r, None] * _alone(call, regions[:, r], first)
+            total = torch.cat([total[:, :, :first], total[:, :, first:] + added], dim=2)
     return (total / norm).to(output.dtype).transpose(1, 2)
 
 
-def _alone(call: Call, region: Tensor) -> Tensor:
-    """[B, H, Q, D] attention over the keys of one region [B, K] only, gathered; arbitrary where none is visible."""
-    size = int(region.sum(-1).max())
-    if not size:
-        return torch.zeros((), device=region.device)
+def _alone(call: Call, region: Tensor, first: int) -> Tensor:
+    """[B, H, Q - first, D] attention of the later queries to one region [B, K] alone; arbitrary where none is seen."""
+    size, query = int(region.sum(-1).max()), call.query[:, :, first:]
     order = region.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[:, :size]  # [B, size]
     real = region.gather(1, order)
     index = order[:, None, :, None]
     key, value = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[-1])) for x in (call.key, call.value))
     hidden = ~real[:, None, None]
     if call.causal:
-        hidden = hidden | (order[:, None, None] > torch.arange(call.query.shape[2], device=order.device)[:, None])
+        columns = torch.arange(first, call.query.shape[2], device=order.device)
+        hidden = hidden | (order[:, None, None] > columns[:, None])
     bias = torch.zeros(hidden.shape, device=order.device).masked_fill(hidden, HIDDEN)
     if call.mask is not None:
-        seen = call.mask.expand(len(order), -1, -1, -1)
+        seen = call.mask[:, :, first:].expand(len(order), -1, -1, -1)
         seen = seen.gather(3, order[:, None, None].expand(-1, seen.shape[1], seen.shape[2], -1))
         bias = bias.masked_fill(~seen, HIDDEN) if seen.dtype == torch.bool else (bias + seen).clamp_min(HIDDEN)
     key, value = call.repeated(key), call.repeated(value)
     if softcap := call.kwargs.get("softcap"):
-        scores = softcap * torch.tanh(call.query.float() @ key.float().mT * call.scaling / softcap)
+        scores = softcap * torch.tanh(query.float() @ key.float().mT * call.scaling / softcap)
         return (scores + bias).softmax(-1) @ value.float()
-    bias = bias.to(call.query.dtype)
-    return F.scaled_dot_product_attention(call.query, key, value, attn_mask=bias, scale=call.scaling).float()
+    bias = bias.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=call.scaling).float()
 
 
 Rows = Callable[[Call], Tensor]
@@ -109,6 +111,6 @@ Rows = Callable[[Call], Tensor]
 def on_rows(call: Call, result: Any, rows: Tensor, probabilities: Rows) -> Any:
     """The kernel's result, with attention of our own at one query of each text, `rows` [B]."""
     output, *rest = result
-    changed = probabilities(one_query(call, rows)).to(call.value.dtype) @ call.repeated(call.value)  # [B, H, 1, D]
+    changed = call.attended(probabilities(one_query(call, rows)))  # [B, 1, H, D]
     index = rows[:, None, None, None].expand(-1, 1, *output.shape[2:])
-    return (output.scatter(1, index, changed.transpose(1, 2).to(output.dtype)), *rest)
+    return (output.scatter(1, index, changed.to(output.dtype)), *rest)

@@ -263,7 +263,7 @@ def _gradient(
         held.append(x.detach().requires_grad_())
         return held[0]
 
-    with frozen(module):
+    with torch.enable_grad(), frozen(module):
         handle = hook_point(module.get_submodule(point.module), point.io, keep)
         try:
             total = answers.odds(answers.scores(model, inputs, grad=True), rows).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ NONE = -1e4
 class Policy:
     """Base of all policies. Regions are disjoint sets of keys, [B, R, K]; masses are their attention, [..., R]."""
 
+    keeps_mass: ClassVar[bool] = True
+    """Whether what regions gain others lose, so that rows need no renormalising."""
+
     def spans(self) -> tuple[str, ...]:
         """Names of the spans it needs."""
         raise NotImplementedError
@@ -39,18 +42,16 @@ class Policy:
         """[..., R] factor of each region's attention, before the row is renormalised."""
         raise NotImplementedError
 
-    def kept(self, regions: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Regions and weights that act; the others were only measured."""
-        return regions, weights
-
     def attention(self, call: Call, regions: Tensor) -> Tensor:
         """Probabilities [B, H, n, K] of a few queries under the policy; each row keeps its sum."""
-        p = probabilities(call)
-        masses = torch.einsum("bhnk,brk->bhnr", p, regions.float())
-        regions, weights = self.kept(regions, self.weights(masses))
-        factor = 1 + torch.einsum("bhnr,brk->bhnk", weights - 1, regions.float())
-        changed = p * factor
-        return changed * (p.sum(-1, keepdim=True) / changed.sum(-1, keepdim=True).clamp_min(TINY))
+        p, regions = probabilities(call), regions.float()[:, None]
+        changed = p * (1 + (self.weights(p @ regions.mT) - 1) @ regions)
+        if self.keeps_mass:
+            return changed
+        total = changed.sum(-1, keepdim=True)
+        if call.kwargs.get("s_aux") is not None:
+            total = total + 1 - p.sum(-1, keepdim=True)  # what a learned attention sink takes
+        return changed / total.clamp_min(TINY)
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Policy:
@@ -66,6 +67,7 @@ class Multiply(Policy):
     """
 
     factors: Mapping[str, float]
+    keeps_mass: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, factor in self.factors.items():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import artefact
 from ..activations import reweigh
 from ..activations.attention import Call, Proceed, around_attention, probabilities
-from ..activations.forward import ForwardTracker, hook_point
+from ..activations.forward import Forward, ForwardTracker, hook_point
 from ..activations.ownership import holding
 from ..activations.sites import expand_layers
 from ..errors import ArtefactError, HookError, InputError, unknown
@@ -144,8 +144,9 @@ class _Live:
         self.policy, self.queries, self.spans, self.wanted = made.policy, made.queries, spans, wanted
         self.module, self.anatomy = module, anatomy
         self.tracker = ForwardTracker(module, anatomy)
-        self.followed = -1
         self.sinks: dict[int, Tensor] = {}
+        self._pass: tuple[tuple[int, int], Tensor, bool] | None = None
+        self._bias: tuple[tuple[int, int], Tensor] | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -172,27 +173,63 @@ class _Live:
         return read
 
     def __call__(self, call: Call, proceed: Proceed) -> Any:
-        forward = self.tracker.current
-        if forward is None:
-            raise HookError("attention ran outside the decoder's forward pass, so its tokens are unknown")
-        if self.followed != self.tracker.count:
-            self.followed = self.tracker.count
-            self.spans.follow(forward, call.query.device)
-        width, policy = call.key.shape[2], self.policy
-        masks = {name: self.spans.mask(name, width) for name in policy.spans()}
-        regions = policy.regions(masks, self._sinks(call.layer, width))
-        if not bool(regions.any()):  # no token of these modalities in this batch
+        regions, some = self._regions(call)
+        if not some:  # no token of these modalities in this batch
             return proceed(call)
-        heads = torch.zeros(call.query.shape[1], dtype=torch.bool, device=call.query.device)
-        heads[list(self.wanted[call.layer])] = True
-        if self.queries == "last" or call.query.shape[2] == 1 or isinstance(policy, Boost):
-            return self._last(call, proceed, regions, heads)
-        gate = heads[None, :, None] & self._queries(call, regions)[:, None]  # [B, H, Q]
-        if isinstance(policy, Multiply) and not call.kwargs.get("softcap"):
+        policy, heads = self.policy, self._heads(call)
+        softcap = bool(call.kwargs.get("softcap"))
+        if call.query.shape[2] == 1:
+            if isinstance(policy, Multiply) and not softcap:
+                return proceed(self._masked(call, policy, regions, heads))
+            return call.attended(self._attention(call, regions, heads)), None
+        if self.queries == "last" or isinstance(policy, Boost):
+            rows = self._forward().last(call.query.device)
+            return reweigh.on_rows(call, proceed(call), rows, lambda one: self._attention(one, regions, heads))
+        gate = self._queries(call, regions)[:, None].expand(-1, call.query.shape[1], -1)  # [B, H, Q]
+        gate = gate if heads is None else gate & heads[:, None]
+        if isinstance(policy, Multiply) and not softcap:
             return reweigh.biased(call, proceed, policy.log_weights(regions), gate.float())
         result, found = reweigh.with_masses(call, proceed, regions)
         weights = torch.where(gate[..., None], policy.weights(found), 1.0)
-        return (reweigh.reweighted(call, result[0], found, *policy.kept(regions, weights)), *result[1:])
+        return (reweigh.reweighted(call, result[0], found, regions, weights), *result[1:])
+
+    def _forward(self) -> Forward:
+        if self.tracker.current is None:
+            raise HookError("attention ran outside the decoder's forward pass, so its tokens are unknown")
+        return self.tracker.current
+
+    def _regions(self, call: Call) -> tuple[Tensor, bool]:
+        """The policy's regions [B, R, K] of this pass, and whether any key is in them; the same for all layers."""
+        forward, width = self._forward(), call.key.shape[2]
+        key = (self.tracker.count, width)
+        if self._pass is not None and self._pass[0] == key and not isinstance(self.policy, Sinks):
+            return self._pass[1:]
+        if self._pass is None or self._pass[0][0] != key[0]:
+            self.spans.follow(forward, call.query.device)
+        masks = {name: self.spans.mask(name, width) for name in self.policy.spans()}
+        regions = self.policy.regions(masks, self._sinks(call.layer, width))
+        self._pass = (key, regions, bool(regions.any()))
+        return self._pass[1:]
+
+    def _heads(self, call: Call) -> Tensor | None:
+        """[H] True on the heads of a layer, None when all are."""
+        wanted, n = self.wanted[call.layer], call.query.shape[1]
+        if len(set(wanted)) == n:
+            return None
+        return torch.tensor([h in wanted for h in range(n)], device=call.query.device)
+
+    def _attention(self, call: Call, regions: Tensor, heads: Tensor | None) -> Tensor:
+        changed = self.policy.attention(call, regions)
+        return changed if heads is None else torch.where(heads[:, None, None], changed, probabilities(call))
+
+    def _masked(self, call: Call, policy: Multiply, regions: Tensor, heads: Tensor | None) -> Call:
+        """The call of one query with the log factors in its mask."""
+        key = (self.tracker.count, call.key.shape[2])
+        if self._bias is None or self._bias[0] != key:
+            self._bias = (key, policy.log_weights(regions)[:, None, None])
+        bias = self._bias[1] if heads is None else self._bias[1] * heads[:, None, None]
+        given = call.bias()
+        return replace(call, mask=(bias if given is None else bias + given).to(call.query.dtype))
 
     def _sinks(self, layer: int, width: int) -> Tensor | None:
         found = self.sinks.get(layer)
@@ -200,22 +237,9 @@ class _Live:
 
     def _queries(self, call: Call, regions: Tensor) -> Tensor:
         """[B, Q] True where this pass's queries are gated: everywhere, or behind the last key of the regions."""
-        forward = self.tracker.current
-        assert forward is not None
-        columns = forward.columns(call.query.device)[None]
+        columns = self._forward().columns(call.query.device)[None]
         if self.queries == "all":
             return torch.ones_like(columns, dtype=torch.bool)
         keys = torch.arange(regions.shape[-1], device=regions.device)
         last = torch.where(regions.any(1), keys, -1).max(-1).values
         return columns > last[:, None]
-
-    def _last(self, call: Call, proceed: Proceed, regions: Tensor, heads: Tensor) -> Any:
-        forward = self.tracker.current
-        assert forward is not None
-        result = proceed(call)
-        rows = forward.last(call.query.device)
-
-        def change(one: Call) -> Tensor:
-            return torch.where(heads[:, None, None], self.policy.attention(one, regions), probabilities(one))
-
-        return reweigh.on_rows(call, result, rows, change)

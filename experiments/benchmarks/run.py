@@ -22,6 +22,7 @@ CASES = {
     "capture": "capture_case",
     "circuits": "circuit_case",
     "steering": "steering_case",
+    "attention": "attention_case",
     "serving": "serving_case",
     "import": "imports_case",
     "reading": "reading_case",
