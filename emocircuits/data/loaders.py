@@ -37,7 +37,7 @@ def load_texts(path: str | Path, text_column: str = "text", label_column: str | 
     (lists those there are), an empty text or label, a broken row, or a file without rows.
     """
     texts = []
-    for line, row in _read_rows(Path(path).expanduser()):
+    for line, row in read_rows(Path(path).expanduser()):
         text = _text_cell(path, line, row, text_column)
         label = None if label_column is None else _label_cell(path, line, row, label_column)
         extra = {name: cell for name, cell in row.items() if name not in (text_column, label_column)}
@@ -51,7 +51,7 @@ def load_prompts(path: str | Path) -> list[dict[str, Any]]:
     Raises InputError, with the line number, for a row without a prompt, a broken row, or a file without rows.
     """
     rows = []
-    for line, row in _read_rows(Path(path).expanduser()):
+    for line, row in read_rows(Path(path).expanduser()):
         _text_cell(path, line, row, "prompt")
         rows.append(row)
     return rows
@@ -80,7 +80,7 @@ def _cell(path: str | Path, line: int, row: dict[str, Any], column: str) -> Any:
     return row[column]
 
 
-def _read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[Row]:
     """Every row with its line number. Raises InputError for a file that cannot be read or has no rows."""
     suffix = path.suffix.lower()
     if suffix not in (*_DELIMITERS, *_JSON_LINES):
