@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     _circuit_parser(verbs)
     _steer_parser(verbs)
     _evaluate_parser(verbs)
+    _balance_parser(verbs)
     _exchange_parsers(verbs)
     _card_parser(verbs)
     _serve_parser(verbs)
@@ -124,6 +125,24 @@ def _card_parser(verbs: argparse._SubParsersAction) -> None:
     card.add_argument("--output", type=Path, help="Markdown file (default: beside the steerer, .md, and an .svg)")
     card.add_argument("--seed", type=int, default=0)
     card.set_defaults(run=commands.run_card)
+
+
+def _balance_parser(verbs: argparse._SubParsersAction) -> None:
+    balance = _verb(
+        verbs,
+        "balance",
+        "measure how much audio, images and text each drive a multimodal model's answers",
+        "emocircuits balance --model MODEL --inputs batch.safetensors --answers anger,sadness,fear --out runs/balance",
+    )
+    balance.add_argument("--model", required=True, help="hub id or folder of a multimodal model")
+    balance.add_argument(
+        "--inputs", type=Path, nargs="+", required=True, help="batches that a processor returned, as safetensors"
+    )
+    balance.add_argument("--answers", required=True, help="comma-separated words, one of which answers")
+    balance.add_argument("--prefix", default="", help="what stands before the word, such as ' ' (default: nothing)")
+    balance.add_argument("--out", type=Path, default=Path("runs/balance"), help="run folder")
+    balance.add_argument("--seed", type=int, default=0)
+    balance.set_defaults(run=commands.run_balance)
 
 
 def _evaluate_parser(verbs: argparse._SubParsersAction) -> None:

@@ -146,6 +146,23 @@ def run_import(args: argparse.Namespace) -> None:
     _say(f"{where}: {steerer.save(args.output)}")
 
 
+def run_balance(args: argparse.Namespace) -> None:
+    """`emocircuits balance`"""
+    from .demo import bars
+    from .models.load import load
+    from .multimodal.study import read_batch, run_balance
+
+    for file in args.inputs:
+        read_batch(file)
+    words = {w.strip(): args.prefix + w.strip() for w in args.answers.split(",") if w.strip()}
+    if len(words) < 2:
+        raise InputError("--answers needs at least two words, separated by commas")
+    loaded = load(args.model)
+    with bars() as progress:
+        report = run_balance(loaded, args.inputs, words, args.out, seed=args.seed, progress=progress)
+    _say(f"report: {report}")
+
+
 def run_card(args: argparse.Namespace) -> None:
     """`emocircuits card`"""
     from dataclasses import replace

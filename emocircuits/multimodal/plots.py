@@ -1,0 +1,69 @@
+"""Plotly figures of modality balance, from plain data; see `emocircuits.plots` for the house rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from emocircuits._figures import QUIET, Matrix, figure, heat, number, numbers, text
+
+Row = Mapping[str, Any]
+COLORS = {"audio": "#E69F00", "image": "#0072B2", "video": "#56B4E9", "text": "#8A8F98"}
+SCALE = ((0.0, "#FBFBFA"), (1.0, "#6B4FD8"))
+
+
+def mass_map(mass: Matrix, name: str) -> go.Figure:
+    """Attention on one modality by layer (down) and head (across), from [L][heads] of shares."""
+    known = [v for row in mass for v in numbers(row) if v is not None]
+    columns = list(range(len(mass[0]) if mass else 0))
+    fig = heat(mass, columns, [str(i) for i in range(len(mass))], SCALE, (0.0, max(known, default=1.0)), "head",
+               height=120 + 22 * len(mass), show_values=False, form=".0%", title=f"attention on {name}")  # fmt: skip
+    return fig.update_yaxes(title_text="layer")
+
+
+def effect_bars(effects: Mapping[str, Mapping[str, Row]]) -> go.Figure:
+    """Log-odds that each modality gives the answer, by how it is taken out, with 95 % intervals."""
+    fig = figure("taken out by", "log-odds of the answer it gives", 360)
+    for name in dict.fromkeys(n for found in effects.values() for n in found):
+        points = [found[name] for found in effects.values()]
+        middle = numbers(p.get("estimate") for p in points)
+        spread = [[_gap(p, end) for p in points] for end in ("high", "low")]
+        fig.add_bar(
+            x=list(effects), y=middle, name=text(name), marker_color=COLORS.get(name, QUIET),
+            error_y={"type": "data", "array": spread[0], "arrayminus": spread[1], "thickness": 1},
+        )  # fmt: skip
+    return fig.update_layout(barmode="group")
+
+
+def gap_curve(rows: Sequence[Row], x: str = "strength") -> go.Figure:
+    """Preference gap over the strength of a reallocation, for each policy, with 95 % intervals; 0 is balance."""
+    fig = figure(x, "answers of the voice minus those of the face", 380)
+    for policy in dict.fromkeys(r["policy"] for r in rows):
+        mine = sorted((r for r in rows if r["policy"] == policy), key=lambda r: r[x])
+        gaps = [r["gap"] for r in mine]
+        fig.add_scatter(
+            x=[r[x] for r in mine], y=numbers(g.get("estimate") for g in gaps), name=text(policy), mode="lines+markers",
+            error_y={"type": "data", "array": [_gap(g, "high") for g in gaps],
+                     "arrayminus": [_gap(g, "low") for g in gaps], "thickness": 1},
+        )  # fmt: skip
+    return fig.add_hline(y=0, line={"color": QUIET, "width": 1, "dash": "dash"})
+
+
+def gap_against_accuracy(rows: Sequence[Row]) -> go.Figure:
+    """Size of the gap against accuracy on consistent clips, one point per policy and strength; up and left wins."""
+    fig = figure("size of the preference gap", "accuracy on consistent clips", 380)
+    for policy in dict.fromkeys(r["policy"] for r in rows):
+        mine = [r for r in rows if r["policy"] == policy]
+        fig.add_scatter(
+            x=[None if (g := number(r["gap"].get("estimate"))) is None else abs(g) for r in mine],
+            y=numbers(r["consistent"].get("estimate") for r in mine), mode="markers", name=text(policy),
+            text=[text(str(r.get("strength", ""))) for r in mine], hovertemplate="%{text}: %{x:.2f}, %{y:.0%}",
+        )  # fmt: skip
+    return fig.update_yaxes(tickformat=".0%")
+
+
+def _gap(point: Row, end: str) -> float:
+    edge, middle = number(point.get(end)), number(point.get("estimate"))
+    return 0.0 if edge is None or middle is None else abs(edge - middle)

@@ -1,0 +1,178 @@
+"""`emocircuits balance`: what drives a model's answers on prepared batches, written as JSON and one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from .. import artefact
+from .._report_html import Page, esc, interval, num, table
+from ..errors import InputError
+from ..evaluation.scoring import number
+from ..evaluation.statistics import clustered_bootstrap
+from ..models.fingerprint import fingerprint
+from ..models.load import Loaded
+from ..runs import Run
+from . import plots
+from .balance import MODES, Answers, Balance, measure
+
+Found = Mapping[str, Any]
+
+
+def read_batch(path: str | Path) -> dict[str, Tensor]:
+    """One batch of processor outputs from a safetensors file; raises InputError for another file, or no input_ids."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        batch = load_file(Path(path).expanduser())
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read {path} as safetensors ({error}); save what your processor returns") from error
+    if "input_ids" not in batch:
+        raise InputError(
+            f"{path} has no input_ids, only {', '.join(sorted(batch))}; save all that the processor returns"
+        )
+    return batch
+
+
+def run_balance(
+    loaded: Loaded, files: Sequence[str | Path], words: Mapping[str, str], out: str | Path, *, seed: int = 0,
+    progress: Progress | None = None,
+) -> Path:  # fmt: skip
+    """Measure every batch and write balance.json and report.html into `out`; returns the page.
+
+    words: {label: the word that answers}. An interrupted run resumes with the batches that are left. Raises InputError
+    for batches whose prompts hold no modality.
+    """
+    answers = Answers.of_words(loaded.tokenizer, words)
+    names = [str(Path(f).expanduser().resolve()) for f in files]
+    run = Run(out, {"model": fingerprint(loaded.model), "batches": names, "answers": dict(words), "seed": seed})
+    task = progress.add_task("measuring", total=len(names)) if progress else None
+    parts = []
+    for i, name in enumerate(names):
+        parts.append(run.json_stage(f"batch_{i}", lambda n=name: _plain(_measured(loaded.model, n, answers, seed))))
+        if progress is not None and task is not None:
+            progress.advance(task)
+    found = run.json_stage("balance", lambda: summary(parts, seed))
+    return artefact.write_text_atomic(run.file("report.html"), page(found, loaded.name))
+
+
+def _measured(model: Any, path: str, answers: Answers, seed: int) -> Balance:
+    batch = read_batch(path)
+    modes = MODES if len(batch["input_ids"]) > 1 else tuple(m for m in MODES if m != "resample")
+    return measure(model, batch, answers, modes=modes, seed=seed)
+
+
+def _plain(found: Balance) -> dict[str, Any]:
+    return {
+        "modalities": list(found.modalities), "answers": list(found.answers), "scores": found.scores.tolist(),
+        "effects": {m: e.tolist() for m, e in found.effects.items()}, "gradient": found.gradient.tolist(),
+        "changed": {m: c.float().tolist() for m, c in found.changed.items()}, "prior": found.prior.tolist(),
+        "mass": {n: [[[number(v) for v in r] for r in x] for x in m.tolist()] for n, m in found.mass.items()},
+    }  # fmt: skip
+
+
+def _balance(part: Found) -> Balance:
+    return Balance(
+        tuple(part["modalities"]), tuple(part["answers"]), torch.tensor(part["scores"]),
+        {m: torch.tensor(e) for m, e in part["effects"].items()}, torch.tensor(part["gradient"]),
+        {n: torch.tensor(np.array(m, dtype=float)) for n, m in part["mass"].items()},
+        {m: torch.tensor(c) for m, c in part["changed"].items()}, torch.tensor(part["prior"]),
+    )  # fmt: skip
+
+
+def summary(parts: Sequence[Found], seed: int = 0) -> dict[str, Any]:
+    """All batches as one: means with intervals over rows, agreement, and what the text alone explains.
+
+    Raises InputError when batches hold different modalities.
+    """
+    if len({tuple(p["modalities"]) for p in parts}) != 1:
+        raise InputError("the batches hold different modalities; measure them in runs of their own")
+    found = [_balance(p) for p in parts]
+    names = found[0].modalities
+    modes = [m for m in MODES if all(m in b.effects for b in found)]
+    whole = Balance(
+        names, found[0].answers, torch.cat([b.scores for b in found]),
+        {m: torch.cat([b.effects[m] for b in found]) for m in modes}, torch.cat([b.gradient for b in found]),
+        {n: torch.cat([b.mass[n] for b in found]) for n in found[0].mass},
+        {m: torch.cat([b.changed[m] for b in found]) for m in modes}, torch.cat([b.prior for b in found]),
+    )  # fmt: skip
+    rows = [str(i) for i in range(len(whole.scores))]
+
+    def mean(values: Tensor) -> dict[str, Any]:
+        return {k: number(v) if isinstance(v, float) else v
+                for k, v in asdict(clustered_bootstrap(values.numpy(), rows, seed=seed)).items()}  # fmt: skip
+
+    every = {**whole.effects, "gradient": whole.gradient}
+    return {
+        "n_rows": len(rows), "modalities": list(names), "answers": list(whole.answers),
+        "effects": {m: {n: mean(e[:, i]) for i, n in enumerate(names)} for m, e in every.items()},
+        "differences": {m: {n: mean(e[:, 0] - e[:, i]) for i, n in enumerate(names) if i} for m, e in every.items()},
+        "changed": {m: {n: mean(c[:, i]) for i, n in enumerate(names)} for m, c in whole.changed.items()},
+        "mass": {n: [[number(v) for v in row] for row in m.nanmean(0).tolist()] for n, m in whole.mass.items()},
+        "mass_mean": {n: number(m.nanmean()) for n, m in whole.mass.items()},
+        "agreement": {k: number(v) for k, v in whole.agreement().items()},
+        "text_reliance": number(whole.text_reliance()),
+    }  # fmt: skip
+
+
+def page(found: Found, model: str) -> str:
+    """balance.json as one self-contained HTML document."""
+    made = Page(f"What drives the answers of {model}")
+    made.add("effects", "What the answer needs", _effects(made, found))
+    made.add("attention", "Where the last token looks", _attention(made, found))
+    rows = [[esc(k), num(v)] for k, v in found["agreement"].items()]
+    words = (
+        "Spearman correlation over prompts and modalities. Attention says where a model looks; only taking something "
+        "out says what the answer needs."
+    )
+    made.add("agreement", "Do the measures agree?", table(words, ["measures", "correlation"], rows, wide=False))
+    return made.render(f"<h1>{esc(made.title)}</h1>{''.join(f'<p>{s}</p>' for s in _said(found))}")
+
+
+def _said(found: Found) -> list[str]:
+    """The findings in words, whichever way they came out."""
+    first, *others = found["modalities"]
+    without = ", ".join(map(esc, found["modalities"]))
+    said = [
+        f"{found['n_rows']} prompts. Without any of {without} the answer stays the same in "
+        f"{num(found['text_reliance'], '.0%')} of them: that much the text alone explains."
+    ]
+    for other in others:
+        gaps = {m: d[other] for m, d in found["differences"].items() if m != "gradient"}
+        signs = {_sign(g) for g in gaps.values()}
+        words = "; ".join(f"{esc(m)} {interval(g, '.2f')}" for m, g in gaps.items())
+        verdict = "no clear preference"
+        if signs in ({1}, {-1}):
+            verdict = f"{esc(first if signs == {1} else other)} drives the answers more"
+        said.append(f"Log-odds that {esc(first)} gives minus those of {esc(other)}: {words}. So: {verdict}.")
+    return said
+
+
+def _effects(made: Page, found: Found) -> str:
+    caption = "Its tokens replaced by their mean, by another clip's, hidden from all later tokens, or to first order."
+    names = found["modalities"]
+    rows = [[esc(m), *(interval(c[n]) for n in names)] for m, c in found["changed"].items()]
+    bars = made.figure(plots.effect_bars(found["effects"]), "Effect of each modality", caption)
+    return bars + table("How often the answer changes.", ["taken out by", *map(esc, names)], rows, wide=False)
+
+
+def _attention(made: Page, found: Found) -> str:
+    rows = [[esc(n), num(v, ".1%")] for n, v in found["mass_mean"].items()]
+    maps = (made.figure(plots.mass_map(m, n), f"{n}: attention of the last token") for n, m in found["mass"].items())
+    shares = table("Mean over layers and heads.", ["modality", "share"], rows, wide=False)
+    return f'{shares}<div class="grid">{"".join(maps)}</div>'
+
+
+def _sign(found: Found) -> int:
+    low, high = number(found.get("low")), number(found.get("high"))
+    if low is None or high is None:
+        return 0
+    return 1 if low > 0 else -1 if high < 0 else 0

@@ -1,0 +1,76 @@
+"""`emocircuits balance`: batches in, numbers and a page out; it resumes, and says what is wrong with a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import save_file
+from test_fluency import tokenizer as tokenizer  # a word-level tokenizer of the zoo's vocabulary
+
+from emocircuits import cli
+from emocircuits.errors import InputError
+from emocircuits.models.load import Loaded
+from emocircuits.multimodal import plots, study
+
+WORDS = {"anger": "w20", "fear": "w31", "joy": "w47"}
+
+
+@pytest.fixture
+def loaded(tokenizer) -> Loaded:
+    return Loaded(zoo.build("qwen2_5_omni"), tokenizer, "tiny")
+
+
+def batches(loaded: Loaded, folder: Path, n: int = 2) -> list[Path]:
+    files = []
+    for seed in range(n):
+        files.append(folder / f"batch{seed}.safetensors")
+        inputs = zoo.multimodal_inputs("qwen2_5_omni", loaded.model, batch=3, seed=seed)
+        save_file({k: v.contiguous() for k, v in inputs.items()}, files[-1])
+    return files
+
+
+def test_batches_give_one_summary_and_a_page(loaded: Loaded, tmp_path: Path) -> None:
+    vocabulary = loaded.tokenizer.get_vocab()
+    words = dict(zip(WORDS, sorted(vocabulary, key=vocabulary.__getitem__)[20:23]))
+    files = batches(loaded, tmp_path)
+    report = study.run_balance(loaded, files, words, tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "balance.json").read_text())
+    assert (found["n_rows"], found["modalities"]) == (6, ["audio", "image"])
+    parts = [json.loads((tmp_path / "run" / f"batch_{i}.json").read_text()) for i in range(2)]
+    effect = torch.tensor([e for p in parts for e in p["effects"]["knockout"]])[:, 0]
+    assert found["effects"]["knockout"]["audio"]["estimate"] == pytest.approx(float(effect.mean()), abs=1e-6)
+    assert found["mass_mean"].keys() == {"audio", "image", "text"}
+    assert sum(found["mass_mean"].values()) == pytest.approx(1, abs=1e-4)
+    page = report.read_text()
+    assert "6 prompts" in page
+    assert "attention of the last token" in page
+    assert "So: " in page
+    (tmp_path / "run" / "balance.json").unlink()
+    loaded.model.forward = None  # type: ignore[assignment]  # batches are not measured again
+    study.run_balance(loaded, files, words, tmp_path / "run")
+
+
+def test_files_that_are_no_batch_are_refused(loaded: Loaded, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.safetensors"
+    bad.write_text("no")
+    with pytest.raises(InputError, match="cannot read"):
+        study.read_batch(bad)
+    save_file({"pixel_values": torch.zeros(2)}, bad)
+    with pytest.raises(InputError, match="no input_ids, only pixel_values"):
+        study.read_batch(bad)
+    assert cli.main(["balance", "--model", "nowhere", "--inputs", str(bad), "--answers", "a,b"]) != 0
+    good = batches(loaded, tmp_path, 1)[0]
+    assert cli.main(["balance", "--model", "nowhere", "--inputs", str(good), "--answers", "a"]) != 0
+
+
+def test_curves_and_trade_offs_are_drawn() -> None:
+    def cell(value: float) -> dict[str, float]:
+        return {"estimate": value, "low": value - 0.1, "high": value + 0.1}
+
+    rows = [{"policy": "transfer", "strength": s, "gap": cell(0.4 - s), "consistent": cell(0.9)} for s in (0.4, 0.2)]
+    assert list(plots.gap_curve(rows).data[0].x) == [0.2, 0.4]
+    assert list(plots.gap_against_accuracy(rows).data[0].x) == pytest.approx([0.0, 0.2])
