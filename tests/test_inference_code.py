@@ -142,6 +142,19 @@ def test_compiled_models_are_steered(llama, control) -> None:
     assert torch.equal(compiled.generate(**inputs(llama), **GREEDY), clean)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_in_a_compiled_model_too_other_threads_are_left_alone(llama) -> None:
+    one = steerer(1)
+    with one.attach(llama):
+        expected = llama(**inputs(llama)).logits
+    clean, compiled = llama(**inputs(llama)).logits, torch.compile(llama, backend="eager")
+    with one.attach(compiled, this_thread=True), ThreadPoolExecutor(1) as other:
+        for _ in range(2):
+            assert torch.equal(compiled(**inputs(llama)).logits, expected)
+            assert torch.equal(other.submit(lambda: compiled(**inputs(llama)).logits).result(), clean)
+    assert torch.equal(compiled(**inputs(llama)).logits, clean)
+
+
 def test_a_static_cache_is_steered(llama) -> None:
     one = steerer(1).when(Ramp(0.5, 1, 3))
     expected = steered(llama, one)
