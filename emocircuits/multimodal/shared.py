@@ -65,8 +65,8 @@ def transfer(
 ) -> list[dict[str, Any]]:
     """Directions of each reading, tested on every other: rows of fit, read, layer, accuracy, low, high and cosine.
 
-    The 95 % interval of the accuracy is clustered by group; chance is one over the emotions. cosine: mean over emotions of the
-    two readings' directions. Raises InputError when the two do not name the same readings.
+    The 95 % interval of the accuracy is clustered by group; chance is one over the emotions. cosine: mean over emotions
+    of the two readings' directions. Raises InputError when the two do not name the same readings.
     """
     if set(train) != set(test):
         raise InputError("training and test readings must have the same names")
