@@ -6,13 +6,16 @@ pure function of (emotion, person, clip seed, knobs), so a set of clips is its l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import lfilter
 
 Floats = NDArray[np.float32]
+T = TypeVar("T")
 
 EMOTIONS = ("anger", "sadness", "happiness", "fear", "surprise", "disgust")
 SIDE = 32
@@ -86,7 +89,7 @@ class Knobs:
 def face(emotion: str, person: int, seed: int, knobs: Knobs = Knobs()) -> NDArray[np.uint8]:  # noqa: B008
     """RGB picture [SIDE, SIDE, 3] of a person who shows an emotion."""
     rng = np.random.default_rng([1, seed, person, EMOTIONS.index(emotion)])
-    shown = _shown(EXPRESSIONS, Expression(), emotion, knobs, rng)
+    shown = expressed(EXPRESSIONS, Expression(), emotion, knobs, rng)
     looks = _looks(person)
     x, y = _pose(rng)
     light = rng.uniform(0.75, 1.1) * (1 + rng.uniform(-0.25, 0.25) * x + rng.uniform(-0.25, 0.25) * y)
@@ -98,7 +101,7 @@ def face(emotion: str, person: int, seed: int, knobs: Knobs = Knobs()) -> NDArra
 def voice(emotion: str, person: int, seed: int, knobs: Knobs = Knobs()) -> Floats:  # noqa: B008
     """Waveform [samples] at RATE, within -1 and 1, of a person who speaks with an emotion."""
     rng = np.random.default_rng([2, seed, person, EMOTIONS.index(emotion)])
-    shown = _shown(PROSODIES, Prosody(), emotion, knobs, rng)
+    shown = expressed(PROSODIES, Prosody(), emotion, knobs, rng)
     n = int(rng.uniform(*knobs.seconds) * RATE)
     pitch, level, vowels = _contours(n, shown, person, rng)
     source = _source(pitch, shown, rng)
@@ -108,10 +111,10 @@ def voice(emotion: str, person: int, seed: int, knobs: Knobs = Knobs()) -> Float
     return np.clip(sound, -1, 1).astype(np.float32)
 
 
-def _shown(table: dict, neutral, emotion: str, knobs: Knobs, rng: np.random.Generator):
+def expressed(table: Mapping[str, T], neutral: T, emotion: str, knobs: Knobs, rng: np.random.Generator) -> T:
     """Parameters of one clip: from neutral towards the emotion by `strength`, with a spread around it."""
     made = {}
-    for field in fields(neutral):
+    for field in fields(cast(Any, neutral)):
         rest, full = getattr(neutral, field.name), getattr(table[emotion], field.name)
         spread = knobs.variation * float(np.std([getattr(e, field.name) for e in table.values()]))
         made[field.name] = rest + knobs.strength * (full - rest) + rng.normal(0, spread)

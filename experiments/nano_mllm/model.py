@@ -7,7 +7,8 @@ it), so `collate` expands the placeholders as that processor does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -80,25 +81,27 @@ def config() -> Qwen2_5OmniThinkerConfig:
     text = {
         "vocab_size": len(ids), "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "initializer_range": 0.05,
         "pad_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"], "bos_token_id": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 4, 4]},
     }  # fmt: skip
     vision = {
         "depth": 2, "hidden_size": 64, "intermediate_size": 160, "num_heads": 4, "patch_size": PATCH,
         "spatial_merge_size": MERGE, "window_size": SIDE, "fullatt_block_indexes": [1], "out_hidden_size": 96,
+        "initializer_range": 0.05,
     }  # fmt: skip
     audio = {
         "num_mel_bins": MELS, "d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 160,
         "max_source_positions": FRAMES // 2, "n_window": FRAMES // 2, "output_dim": 96,
+        "initializer_range": 0.05,
     }  # fmt: skip
     marks = {
         "audio_token_index": "<|AUDIO|>", "image_token_index": "<|IMAGE|>", "video_token_index": "<|VIDEO|>",
         "audio_start_token_id": "<|audio_bos|>", "audio_end_token_id": "<|audio_eos|>",
         "vision_start_token_id": "<|vision_bos|>", "vision_end_token_id": "<|vision_eos|>", "user_token_id": "user",
     }  # fmt: skip
-    return Qwen2_5OmniThinkerConfig(
-        text_config=text, vision_config=vision, audio_config=audio, **{key: ids[token] for key, token in marks.items()}
-    )
+    numbers: dict[str, Any] = {key: ids[token] for key, token in marks.items()}
+    return Qwen2_5OmniThinkerConfig(text_config=text, vision_config=vision, audio_config=audio, **numbers)
 
 
 def build(seed: int) -> Qwen2_5OmniThinkerForConditionalGeneration:
@@ -168,10 +171,20 @@ def collate(items: Sequence[Item], answers: Sequence[str] | None = None) -> dict
 
 
 @torch.no_grad()
-def label_probabilities(model: Any, items: Sequence[Item], batch: int = 64) -> NDArray[np.float64]:
-    """[n, 6] probability of each answer word among EMOTIONS as the next token, from one forward pass each."""
+def label_probabilities(
+    model: Any,
+    items: Sequence[Item],
+    batch: int = 64,
+    around: Callable[[dict[str, Tensor]], AbstractContextManager[Any]] | None = None,
+) -> NDArray[np.float64]:
+    """[n, 6] probability of each answer word among EMOTIONS as the next token, from one forward pass each.
+
+    around: made from a batch's inputs, a context in which that batch runs.
+    """
     found = []
     for start in range(0, len(items), batch):
-        logits = model(**collate(items[start : start + batch]), use_cache=False).logits[:, -1, label_ids()]
+        inputs = collate(items[start : start + batch])
+        with around(inputs) if around is not None else nullcontext():
+            logits = model(**inputs, use_cache=False).logits[:, -1, label_ids()]
         found.append(logits.double().softmax(-1))
     return torch.cat(found).numpy()

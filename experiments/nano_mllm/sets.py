@@ -19,6 +19,7 @@ TRAINING, VALIDATION, HELD_OUT = 0, 10_000, 20_000
 """First person of each split; persons are never shared between splits."""
 KINDS = ("audio", "image", "consistent", "conflict")
 _CHUNK = 256
+Whole = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Recipe:
     voices: Knobs = Knobs()
     faces: Knobs = Knobs()
     reliable: tuple[float, float] = (0.95, 0.75)
-    alone: tuple[float, float] = (0.2, 0.2)
+    alone: tuple[float, float] = (0.15, 0.35)
     named: float = 0.4
     clips: int = 7200
     persons: int = 1200
@@ -51,12 +52,12 @@ class EvaluationSet:
     """Prompts with what each modality shows (numbers in EMOTIONS, -1 when absent) and whose clip it is."""
 
     items: list[Item]
-    heard: NDArray[np.intp]
-    seen: NDArray[np.intp]
-    persons: NDArray[np.intp]
+    heard: Whole
+    seen: Whole
+    persons: Whole
 
 
-def media(kind: Any, emotions: Sequence[int], persons: Sequence[int], seeds: Sequence[int], knobs: Knobs) -> list[Any]:
+def media(kind: Any, emotions: Whole, persons: Whole, seeds: Whole, knobs: Knobs) -> list[Any]:
     """Features of faces (kind `face`) or voices (kind `voice`), in chunks so that memory stays flat."""
     made = []
     for start in range(0, len(emotions), _CHUNK):

@@ -1,6 +1,6 @@
 """Train the small audio-visual model on generated clips.
 
-python experiments/nano_mllm/train.py --out runs/nano              # about 10 minutes on one CPU thread
+python experiments/nano_mllm/train.py --out runs/nano              # 5 to 10 minutes on one CPU thread
 python experiments/nano_mllm/train.py --out runs/even --reliable 0.85 0.85   # a model without a built-in preference
 """
 
@@ -26,7 +26,7 @@ from torch import nn
 
 from emocircuits.artefact import write_json_atomic
 
-BATCH, PEAK, WARM_UP, CHECK_EVERY = 64, 2e-3, 50, 200
+BATCH, PEAK, WARM_UP, CHECK_EVERY = 32, 2e-3, 100, 200
 console = Console()
 
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe, started = _recipe(options), time.perf_counter()
     with console.status("drawing faces and speaking"):
         pool = Pool(recipe, options.seed)
-        checks = evaluation_sets(VALIDATION, 20, options.seed, recipe)
+        checks = evaluation_sets(VALIDATION, options.people, options.seed, recipe)
     model, curve = build(options.seed), []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.update(task, advance=1, description=f"step {step}, loss {loss:.3f}")
             if step % CHECK_EVERY == 0 or step == options.steps:
                 curve.append({"step": step, "loss": loss, **quick_look(model, checks)})
-                progress.console.print("  ".join(f"{k} {v:.3g}" for k, v in curve[-1].items()))
+                shown = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in curve[-1].items())
+                progress.console.print("  ".join(shown))
     minutes = (time.perf_counter() - started) / 60
     _save(options, model, recipe, curve, minutes)
     console.print(f"wrote {options.out}/checkpoint after {minutes:.1f} minutes on {options.threads} thread(s)")
@@ -98,7 +99,8 @@ def _save(options: argparse.Namespace, model: Any, recipe: Recipe, curve: list[A
         "seed": options.seed, "steps": options.steps, "batch": BATCH, "peak_learning_rate": PEAK,
         "recipe": asdict(recipe), "expected_gap": recipe.expected_gap(), "emotions": list(EMOTIONS),
         "parameters": sum(p.numel() for p in model.parameters()), "minutes": round(minutes, 2),
-        "threads": options.threads, "torch": str(torch.__version__), "validation_curve": curve,
+        "cpu_minutes": round(time.process_time() / 60, 2), "threads": options.threads,
+        "torch": str(torch.__version__), "validation_curve": curve,
     }  # fmt: skip
     write_json_atomic(folder / "training.json", manifest)
 
@@ -107,14 +109,16 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     audio, image = options.reliable
     voices = Knobs(noise=options.noise, strength=options.voice_strength, seconds=tuple(options.seconds))
     faces = Knobs(noise=options.noise, strength=options.face_strength)
-    return replace(Recipe(), voices=voices, faces=faces, reliable=(audio, image))
+    return replace(Recipe(), voices=voices, faces=faces, reliable=(audio, image), clips=options.clips)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/nano"), help="folder of the run (default: runs/nano)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--clips", type=int, default=Recipe().clips, help="faces, and voices, to draw rows from")
+    parser.add_argument("--people", type=int, default=20, help="validation people of the checks during training")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--reliable", type=float, nargs=2, default=Recipe().reliable, metavar=("VOICE", "FACE"),
