@@ -18,7 +18,8 @@ def _about(manifest: Mapping[str, Any]) -> str:
     return (
         "# A small audio-visual model with a known preference\n\n"
         f"{trained['parameters']:,} parameters, trained for {trained['steps']} steps of {trained['batch']} generated"
-        f" clips in {trained['minutes']} minutes on {trained['threads']} thread(s), seed {trained['seed']}. In training"
+        f" clips in {trained['minutes']} minutes ({trained['cpu_minutes']} of CPU time) on"
+        f" {trained['threads']} thread(s), seed {trained['seed']}. In training"
         f" the voice shows the emotion of an audio-visual clip with probability {voice}, the face with {face}: ideal"
         f" inference from two clear, different cues would have a preference gap of {trained['expected_gap']:.2f}.\n\n"
         f"Held-out: {people} people not seen in training, {6 * people} clips of each kind, evaluation seed"
