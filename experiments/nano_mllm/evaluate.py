@@ -33,6 +33,7 @@ from sets import HELD_OUT, VALIDATION, EvaluationSet, Recipe, evaluation_sets, k
 
 from emocircuits.artefact import write_json_atomic, write_text_atomic
 from emocircuits.evaluation.statistics import Interval, clustered_bootstrap, paired_test
+from emocircuits.steering.reallocation import Reallocation
 
 RESULTS = Path(__file__).parents[1] / "results" / "nano_mllm"
 console = Console()
@@ -49,14 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with console.status("drawing faces and speaking"):
         held_out = evaluation_sets(HELD_OUT, options.persons, options.seed, recipe)
         validation = evaluation_sets(VALIDATION, options.validation, options.seed, recipe, ("consistent", "conflict"))
+        names = named_sets(options, recipe)
     result = {
         "manifest": _manifest(options, trained),
         "scores": scores(model, held_out),
-        "named": named(model, options, recipe),
+        "named": named(model, names),
         "knobs": knobs(model, options, recipe),
         "attention": rebalance.attention_shares(model, held_out["conflict"]),
     }
-    result["reallocation"] = reallocation(model, validation, held_out, options.seed)
+    if not options.no_reallocation:
+        result["reallocation"] = reallocation(model, validation, held_out | names, options.seed)
     result["manifest"]["minutes"] = round((time.perf_counter() - started) / 60, 2)
     write_json_atomic(options.out / "nano_mllm.json", result)
     write_text_atomic(options.out / "nano_mllm.md", markdown(result))
@@ -80,13 +83,19 @@ def decided(p: NDArray[np.float64], clips: EvaluationSet) -> dict[str, Any]:
     return {name: as_json(clustered_bootstrap(np.asarray(x, float), clips.persons)) for name, x in columns.items()}
 
 
-def named(model: Any, options: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
-    """Accuracy on conflict clips when the question names the modality: the other one is then a distractor."""
+def named_sets(options: argparse.Namespace, recipe: Recipe) -> dict[str, EvaluationSet]:
+    """{"voice" or "face": held-out conflict clips whose question names that modality; the other is a distractor}."""
+    people = (HELD_OUT, options.persons, options.seed, recipe, ("conflict",))
+    return {question: evaluation_sets(*people, question)["conflict"] for question in ("voice", "face")}
+
+
+def named(model: Any, sets: dict[str, EvaluationSet], made: Reallocation | None = None) -> dict[str, Any]:
+    """Accuracy on the named sets, with or without a reallocation."""
     found = {}
     for question in ("voice", "face"):
-        clips = evaluation_sets(HELD_OUT, options.persons, options.seed, recipe, ("conflict",), question)["conflict"]
+        clips = sets[question]
         wanted = clips.heard if question == "voice" else clips.seen
-        right = label_probabilities(model, clips.items).argmax(1) == wanted
+        right = rebalance.probabilities(model, clips, made).argmax(1) == wanted
         found[question] = as_json(clustered_bootstrap(right.astype(float), clips.persons))
     return found
 
@@ -140,6 +149,7 @@ def _row(model: Any, sets: dict[str, EvaluationSet], setting: rebalance.Setting,
     return {
         "way": setting.way, "strength": setting.strength, **decided(p, conflict),
         "consistent": as_json(clustered_bootstrap(kept, consistent.persons)),
+        "named": named(model, sets, setting.made),
         "random gap": as_json(clustered_bootstrap(random_gap, conflict.persons)),
         "random consistent": as_json(clustered_bootstrap(random_kept, consistent.persons)),
         "change": {**as_json(change.difference), "p": change.p},
@@ -180,6 +190,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1, help="seed of the evaluation clips and of the control")
     parser.add_argument("--persons", type=int, default=60, help="held-out people; six clips of each kind for each")
     parser.add_argument("--validation", type=int, default=30, help="people of the sweep")
+    parser.add_argument("--no-reallocation", action="store_true", help="scores only")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args(arguments)
 

@@ -39,10 +39,16 @@ class Setting:
 def settings(source: str, target: str, sink_size: float) -> Iterator[Setting]:
     """Every way and strength of moving attention from the trusted modality (source) to the other (target)."""
     families: dict[str, tuple[Sequence[float], Callable[[float], Policy]]] = {
-        "multiply source": ((0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.02, 0.0), lambda s: Multiply({source: s})),
-        "multiply both": ((1.25, 1.5, 2, 2.5, 3, 4, 6, 9, 15, 30), lambda s: Multiply({source: 1 / s, target: s})),
+        "multiply source": (
+            (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0),
+            lambda s: Multiply({source: s}),
+        ),
+        "multiply both": (
+            (1.5, 3, 6, 12, 25, 50, 100, 200),
+            lambda s: Multiply({source: 1 / s, target: s}),
+        ),
         "transfer": ((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), lambda s: Transfer(source, target, s)),
-        "set point": ((4, 2, 1, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05), lambda s: SetPoint(source, target, s)),
+        "set point": ((2, 1, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1), lambda s: SetPoint(source, target, s)),
         "sinks": ((0.9, 0.75, 0.6, 0.4, 0.2, 0.0), lambda s: Sinks(target, s, sink_size, least=0.05)),
         "boost": ((0.1, 0.2, 0.4, 0.7, 1, 1.5, 2.5, 4), lambda s: Boost(target, s)),
     }

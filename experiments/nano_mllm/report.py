@@ -8,8 +8,10 @@ from typing import Any
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Every table of an evaluation."""
-    parts = (_about(result["manifest"]), _scores(result), _knobs(result), _attention(result["attention"]))
-    return "\n\n".join([*parts, _reallocation(result), _sweep(result["reallocation"])]) + "\n"
+    parts = [_about(result["manifest"]), _scores(result), _knobs(result), _attention(result["attention"])]
+    if "reallocation" in result:
+        parts += [_reallocation(result), _costs(result), _sweep(result["reallocation"])]
+    return "\n\n".join(parts) + "\n"
 
 
 def _about(manifest: Mapping[str, Any]) -> str:
@@ -80,6 +82,19 @@ def _reallocation(result: Mapping[str, Any]) -> str:
         " dealt out at random among the modality tokens of each prompt, mean of 5 draws. Sinks: a token is one where a"
         f" normalised dimension exceeds {found['sink_size']:.2f} (measured on validation clips).\n\n"
         + _table(head, rows)
+    )
+
+
+def _costs(result: Mapping[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = [("none", *(_interval(result["named"][q]) for q in ("voice", "face")), "", "")]
+    for row in result["reallocation"]["held_out"]:
+        cells = [_interval(row["named"][q]) for q in ("voice", "face")]
+        tests = [f"{_interval(row[c])}, p {row[c]['p']:.2g}" for c in ("change", "change beyond random")]
+        rows.append((row["way"], *cells, *tests))
+    head = ("policy, queries", "names the voice", "names the face", "change of gap", "change beyond random spans")
+    return (
+        "### What it costs, and paired tests\n\nAccuracy on the same conflict clips when the question names a modality:"
+        " reallocation should not make the model deaf to it. p: sign flips of whole people.\n\n" + _table(head, rows)
     )
 
 
