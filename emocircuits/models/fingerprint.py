@@ -48,9 +48,9 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     return dict(_CACHE[model])
 
 
-def adopt(wrapper: nn.Module, known: Mapping[str, Any]) -> None:
-    """Let a model that other parameters were added to keep the fingerprint it had before."""
-    _CACHE[wrapper] = dict(known)
+def keep(model: nn.Module, known: Mapping[str, Any]) -> None:
+    """Let a model that parameters were added to keep the fingerprint it had before."""
+    _CACHE[model] = dict(known)
 
 
 def _config_hash(config: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtefactError, HookError, InputError
 from ..models.anatomy import features, resolve
-from ..models.fingerprint import adopt, fingerprint
+from ..models.fingerprint import fingerprint, keep
 from ._mose_passes import Live, Pass
 
 if TYPE_CHECKING:
@@ -156,8 +155,7 @@ class MoSEModel(PeftModel):
 
     def _begin(self) -> None:
         model = self.get_base_model()
-        adopt(self, self.made_for)
-        adopt(model, self.made_for)
+        keep(model, self.made_for)
         self.live.install(model, resolve(model))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MoSEModel:
@@ -280,12 +278,16 @@ def build(model: nn.Module, places: Mapping[str, Place], live: Live, config: MoS
     """Wrap the Linears at these paths. Raises InputError for a model that already carries adapters."""
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise InputError("this model already carries adapters; MoSE wraps a plain model, so merge or unload them first")
-    pattern = "|".join(map(re.escape, places))
     alpha: Any = config.alpha  # peft says int, and divides by it
-    plain = LoraConfig(r=config.r, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=f"({pattern})")
+    plain = LoraConfig(r=config.r, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=list(places))
     plain._register_custom_module({nn.Linear: _maker(model, places, live)})  # type: ignore[dict-item]
-    made = MoSEModel(model, plain, live, config)
+    made = MoSEModel(model, plain, live, config).train(model.training)
     plain._custom_modules = None  # it knows the modules by id, which a copy does not share
+    found = {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if found != set(places):  # peft rewrites names that meant an expert of a mixture in older transformers
+        made.unload()
+        odd = sorted(found ^ set(places))[0]
+        raise InputError(f"peft cannot wrap just the modules asked for on this model ({odd}); choose attention's")
     return made
 
 

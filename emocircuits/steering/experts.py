@@ -133,10 +133,12 @@ def _places(module: nn.Module, config: MoSEConfig) -> dict[str, Place]:
 def _mose(model: Any) -> MoSEModel:
     from ._mose_layers import MoSEModel
 
-    module = model if isinstance(model, MoSEModel) else unwrap(getattr(model, "module", model))
-    if not isinstance(module, MoSEModel):
-        raise InputError(f"{type(module).__name__} has no MoSE experts; wrap it with experts.wrap or experts.load")
-    return module
+    # Inside torch.compile, a data-parallel wrapper, or a Loaded.
+    inner = (vars(model).get(name, getattr(model, name, None)) for name in ("_orig_mod", "module", "model"))
+    found = next((m for m in (model, *inner) if isinstance(m, MoSEModel)), None)
+    if found is None:
+        raise InputError(f"{type(model).__name__} has no MoSE experts; wrap it with experts.wrap or experts.load")
+    return found
 
 
 # ---------------------------------------------------------------- reading and control
@@ -279,7 +281,7 @@ def reload(model: Any, folder: str | Path) -> None:
     """Put saved experts into a model that is wrapped already. Raises ArtefactError for other shapes or models."""
     module = _mose(model)
     tensors, header = _read(folder)
-    check_fits(header["fingerprint"], module)
+    check_fits(header["fingerprint"], module.get_base_model())
     if _config(header, folder) != module.mose_config:
         raise ArtefactError(f"{folder} holds experts of another configuration: {header['config']}")
     module.take(tensors, folder)
