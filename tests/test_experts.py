@@ -213,6 +213,20 @@ def test_spans_by_hand_stand_in_for_ids() -> None:
         torch.testing.assert_close(logits(made, embedded), logits(made, {"input_ids": text}))
 
 
+def test_caches_of_other_batches_may_take_turns() -> None:
+    made, inputs = wrapped(MoSEConfig(r=3, n_experts=3), name="llava")  # keeps no positions of its own, as Qwen does
+    text = zoo.inputs("llava", made, batch=3)
+    expected = made.generate(**inputs, **GREEDY, output_logits=True, return_dict_in_generate=True)
+    with torch.no_grad():
+        first = made(**inputs, use_cache=True)
+        second = made(**text, use_cache=True)
+        token = first.logits[:, -1:, : zoo.LAST_TEXT].argmax(-1)
+        assert torch.equal(token[:, 0], expected.sequences[:, inputs["input_ids"].shape[1]])
+        step = made(input_ids=token, past_key_values=first.past_key_values).logits[:, -1]
+        made(input_ids=torch.full((3, 1), 9), past_key_values=second.past_key_values)
+    torch.testing.assert_close(step, expected.logits[1], rtol=1e-3, atol=2e-4)
+
+
 # ---------------------------------------------------------------- reading and control
 
 

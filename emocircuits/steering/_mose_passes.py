@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from threading import local
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..activations.forward import Forward, ForwardTracker, outside_compiled
@@ -70,18 +71,14 @@ class Live:
     def install(self, model: nn.Module, anatomy: Anatomy) -> None:
         """Follow every pass of this model until `remove()`."""
         tracker, decoder = ForwardTracker(model, anatomy), model.get_submodule(anatomy.decoder)
-        spans = [LiveSpans(self.tokens, self.given)]
 
         @outside_compiled
         def enter(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG001
             forward = tracker.current
             if forward is None:
                 raise HookError("the decoder ran in a thread that is not followed, so its tokens are unknown")
-            if spans[0].given is not self.given:
-                spans[0] = LiveSpans(self.tokens, self.given)
             device = next(t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-            spans[0].follow(forward, device)
-            self.now.current = self._pass(spans[0], forward)
+            self.now.current = self._pass(forward, device)
 
         @outside_compiled
         def leave(*_: Any) -> None:
@@ -99,14 +96,13 @@ class Live:
             handle.remove()
         self._handles = []
 
-    def _pass(self, spans: LiveSpans, forward: Forward) -> Pass:
-        index = []
+    def _pass(self, forward: Forward, device: torch.device) -> Pass:
+        spans = LiveSpans(self.tokens, self.given)
+        labels, index = spans.of_pass(forward, device).flatten(), []
         for number, name in enumerate(self.modalities):
-            if name in spans.names:
-                found = spans.mask(name, forward.past + forward.length)[:, forward.past :]
-                places = found.flatten().nonzero().flatten()
-                index += [(number, places)] if len(places) else []
-        return Pass(forward.batch * forward.length, tuple(index), self.now.balances)
+            places = (labels == spans.names.index(name)).nonzero().flatten() if name in spans.names else labels[:0]
+            index += [(number, places)] if len(places) else []
+        return Pass(len(labels), tuple(index), self.now.balances)
 
     def current(self) -> Pass:
         """The pass in progress; raises HookError outside one."""
