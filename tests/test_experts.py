@@ -213,6 +213,24 @@ def test_spans_by_hand_stand_in_for_ids() -> None:
         torch.testing.assert_close(logits(made, embedded), logits(made, {"input_ids": text}))
 
 
+def test_spans_by_hand_hold_in_chunks_and_while_a_text_grows() -> None:
+    made, _ = wrapped()
+    text = zoo.inputs(NAME, made)["input_ids"]
+    spans = ModalitySpans.of_positions({"audio": [(0, 2)], "image": [(5, 8)]}, tuple(text.shape))
+    with experts.spans_of(made, spans):
+        whole = logits(made, {"input_ids": text})
+        with torch.no_grad():
+            first = made(input_ids=text[:, :6], use_cache=True)
+            second = made(input_ids=text[:, 6:], past_key_values=first.past_key_values)
+        torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole, rtol=1e-3, atol=2e-4)
+        inputs = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+        how = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+        done = made.generate(**inputs, **how)
+        for found, expected in zip(done.logits, recomputed(made, inputs, done.sequences)):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-4)
+    assert float((logits(made, {"input_ids": text}) - whole).abs().max()) > 1e-2
+
+
 def test_caches_of_other_batches_may_take_turns() -> None:
     made, inputs = wrapped(MoSEConfig(r=3, n_experts=3), name="llava")  # keeps no positions of its own, as Qwen does
     text = zoo.inputs("llava", made, batch=3)

@@ -156,7 +156,7 @@ def trainer(made: Any, data: Rows, folder: Any, **more: Any) -> Any:
         "report_to": [], "remove_unused_columns": False, "logging_steps": 1, "save_strategy": "no", "seed": 1,
         "disable_tqdm": True, "lr_scheduler_type": "constant", **more}
     )  # fmt: skip
-    return Trainer(made, arguments, train_dataset=data, data_collator=data.together)
+    return Trainer(made, arguments, train_dataset=data, eval_dataset=data, data_collator=data.together)
 
 
 def losses(done: Any) -> list[float]:
@@ -210,6 +210,22 @@ def test_trainer_goes_on_from_its_checkpoint(tmp_path: Any) -> None:
     best, _ = wrapped(seed=7)
     experts.reload(best, tmp_path / "a" / "checkpoint-4")
     assert torch.equal(logits(best.eval(), inputs), logits(made.eval(), inputs))
+
+
+def test_trainer_checkpoints_gradients_and_loads_the_best_model(tmp_path: Any) -> None:
+    found = []
+    for again in (False, True):
+        made, inputs = wrapped()
+        data = Rows(labelled(inputs))
+        more = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+        more |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+        done = trainer(made, data, tmp_path / str(again), gradient_checkpointing=again, **more)
+        done.train()
+        evaluated = {e["step"]: e["eval_loss"] for e in done.state.log_history if "eval_loss" in e}
+        assert float(made.eval()(**labelled(inputs)).loss) == pytest.approx(max(evaluated.values()), rel=1e-5)
+        assert evaluated[4] < max(evaluated.values()), "the best one, here the first, is not the last"
+        found.append(losses(done))
+    assert found[0] == found[1]
 
 
 def checkpointed(made: Any, **keywords: Any) -> Any:

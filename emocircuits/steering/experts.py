@@ -131,11 +131,9 @@ def _places(module: nn.Module, config: MoSEConfig) -> dict[str, Place]:
 
 
 def _mose(model: Any) -> MoSEModel:
-    from ._mose_layers import MoSEModel
-
-    # Inside torch.compile, a data-parallel wrapper, or a Loaded.
-    inner = (vars(model).get(name, getattr(model, name, None)) for name in ("_orig_mod", "module", "model"))
-    found = next((m for m in (model, *inner) if isinstance(m, MoSEModel)), None)
+    kind = _layers().MoSEModel
+    inner = (getattr(model, name, None) for name in ("_orig_mod", "module", "model"))  # compiled, parallel, Loaded
+    found = next((m for m in (model, *inner) if isinstance(m, kind)), None)
     if found is None:
         raise InputError(f"{type(model).__name__} has no MoSE experts; wrap it with experts.wrap or experts.load")
     return found
