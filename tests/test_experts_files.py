@@ -34,6 +34,9 @@ def test_saved_experts_come_back_exactly(tmp_path: Any) -> None:
     made = randomise(experts.wrap(zoo.build(NAME), whole))
     back = experts.load(experts.save(made, tmp_path / "some"), zoo.build(NAME))
     assert float((logits(back, inputs) - logits(made, inputs)).abs().max()) == 0.0
+    other = randomise(copy.deepcopy(made), seed=4)
+    experts.reload(other, tmp_path / "some")  # a copy is still known as a model of these weights
+    assert torch.equal(logits(other, inputs), logits(made, inputs))
     copied = experts.save(copy.deepcopy(made), tmp_path / "copied")
     assert torch.equal(logits(experts.load(copied, zoo.build(NAME)), inputs), logits(made, inputs))
 

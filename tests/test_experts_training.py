@@ -39,6 +39,10 @@ def test_gradients_go_where_the_tokens_are() -> None:
     made, inputs = wrapped()
     made.train()
     assert all("lora_" in name for name, p in made.named_parameters() if p.requires_grad)
+    made.set_requires_grad("default", False)  # peft's own switch knows all of them
+    assert not any(p.requires_grad for p in made.parameters())
+    made.set_requires_grad("default", True)
+    assert all(p.requires_grad for _, p in made.tensors())
     text = text_only(made)
     found = gradients(made, made(**text, labels=text["input_ids"]).loss)
     assert {name.split(".lora_")[1] for name in found} == {"A.weight", "B.weight"}
