@@ -44,6 +44,8 @@ def test_it_starts_as_the_base_model_and_off_is_the_base_model(name: str) -> Non
     inputs = zoo.multimodal_inputs(name, model)
     clean, blocks = logits(model, inputs), resolve(model).blocks
     hooks = n_hooks(model)
+    next(model.parameters()).requires_grad_(False)
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     made = experts.wrap(model, MoSEConfig(r=2, n_experts=2, target_modules=(OUTPUT.get(name, "v_proj"),)))
     assert torch.equal(logits(made, inputs), clean)
     randomise(made)
@@ -59,6 +61,7 @@ def test_it_starts_as_the_base_model_and_off_is_the_base_model(name: str) -> Non
     back = made.unload()
     assert torch.equal(logits(back, inputs), clean)
     assert n_hooks(back) == hooks
+    assert [n for n, p in back.named_parameters() if p.requires_grad] == trainable
     again = randomise(experts.wrap(back, MoSEConfig(r=2, n_experts=2, target_modules=(OUTPUT.get(name, "v_proj"),))))
     assert torch.equal(logits(again, inputs), changed)
 
@@ -81,6 +84,7 @@ def test_every_layer_is_the_formula(name: str) -> None:
 
 def test_dropout_changes_what_experts_read_but_not_the_gates() -> None:
     made, inputs = wrapped(MoSEConfig(r=3, n_experts=3, dropout=0.9, layers=(0,), target_modules=("q_proj",)))
+    assert not any(module.training for module in made.modules())
     made.train()
     first, second = experts.gates(made, inputs), experts.gates(made, inputs)
     assert all(torch.equal(first[0, "self_attn.q_proj"][n], second[0, "self_attn.q_proj"][n]) for n in ("audio",))

@@ -49,6 +49,7 @@ class MoSELinear(lora.Linear):
     def __init__(self, base_layer: nn.Module, adapter_name: str, place: Place, live: Live, **kwargs: Any) -> None:
         self.place, self.live = place, live  # before peft builds the parameters, which need them
         super().__init__(base_layer, adapter_name, **kwargs)
+        self.train(base_layer.training)  # or dropout would act in a model that is being used
 
     def update_layer(self, adapter_name: str, r: int, *args: Any, **kwargs: Any) -> None:
         """Make the parameters of an adapter; called by peft."""
@@ -146,7 +147,10 @@ class MoSEModel(PeftModel):
 
     def __init__(self, model: Any, config: LoraConfig, live: Live, mose_config: MoSEConfig) -> None:
         made_for = fingerprint(model)  # before there are other parameters
+        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         super().__init__(model, config, ADAPTER)
+        self.training = self.base_model.training = model.training
+        self._trainable = trainable
         self.live, self.mose_config, self.made_for = live, mose_config, made_for
         self.balance_loss: Tensor | None = None
         """c L_bal of the last training pass when the model returned no loss to add it to, else None."""
@@ -242,7 +246,10 @@ class MoSEModel(PeftModel):
     def unload(self) -> Any:
         """The model as it was before, without MoSE."""
         self.live.remove()
-        return self.base_model.unload()  # type: ignore[operator]
+        model: nn.Module = self.base_model.unload()  # type: ignore[operator]
+        for name in self._trainable:
+            model.get_parameter(name).requires_grad_(True)
+        return model
 
     def save_pretrained(self, save_directory: str, *, is_main_process: bool = True, **_: Any) -> None:  # type: ignore[override]
         """Write MoSE's own folder, as `experts.save` does; this is what Trainer calls for a checkpoint."""
@@ -281,7 +288,7 @@ def build(model: nn.Module, places: Mapping[str, Place], live: Live, config: MoS
     alpha: Any = config.alpha  # peft says int, and divides by it
     plain = LoraConfig(r=config.r, lora_alpha=alpha, lora_dropout=config.dropout, target_modules=list(places))
     plain._register_custom_module({nn.Linear: _maker(model, places, live)})  # type: ignore[dict-item]
-    made = MoSEModel(model, plain, live, config).train(model.training)
+    made = MoSEModel(model, plain, live, config)
     plain._custom_modules = None  # it knows the modules by id, which a copy does not share
     found = {path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     if found != set(places):  # peft rewrites names that meant an expert of a mixture in older transformers
