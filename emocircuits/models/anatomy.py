@@ -170,12 +170,14 @@ def register_structure(model_type: str, **roles: str) -> None:
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The torch module to hook: inside torch.compile, nnsight, a TransformerBridge, or a plain module as it is."""
+    """The torch module to hook: inside torch.compile, nnsight, peft, a TransformerBridge, or a module as it is."""
     libraries = {parent.__module__.split(".")[0] for parent in type(model).__mro__}
     if "nnsight" in libraries:
         return unwrap(object.__getattribute__(model, "_module"))
     if hasattr(model, "_orig_mod"):
         return unwrap(model._orig_mod)
+    if "peft" in libraries and hasattr(model, "get_base_model") and not model.active_peft_config.is_prompt_learning:
+        return unwrap(model.get_base_model())  # carries the adapters itself, and is what generate() runs
     if "transformer_lens" in libraries and "original_model" in vars(model):
         return unwrap(model.original_model)  # the transformers model that a TransformerBridge put its parts into
     if isinstance(model, nn.Module):

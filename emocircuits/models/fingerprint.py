@@ -48,6 +48,11 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     return dict(_CACHE[model])
 
 
+def keep(model: nn.Module, known: Mapping[str, Any]) -> None:
+    """Let a model that parameters were added to keep the fingerprint it had before."""
+    _CACHE[model] = dict(known)
+
+
 def _config_hash(config: Any) -> str:
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     return hashlib.sha256(json.dumps(_stable(values), sort_keys=True, default=str).encode()).hexdigest()

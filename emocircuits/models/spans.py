@@ -147,17 +147,24 @@ class LiveSpans:
             labels = self._rows(self.given.labels, forward).to(device)
             self._kept.labels = torch.nn.functional.pad(labels, (0, max(0, end - labels.shape[1])))[:, :end]
             return
-        if forward.ids is None and not forward.past:
-            raise InputError("the model was given embeddings without input_ids; give the spans with ModalitySpans")
-        new = torch.zeros(forward.batch, forward.length, dtype=torch.int8, device=device)
-        if forward.ids is not None:
-            new = ModalitySpans.of_ids(forward.ids, self.tokens).labels.to(device)
+        new = self.of_pass(forward, device)
         old = torch.zeros(forward.batch, 0, dtype=torch.int8, device=device)
         if forward.past:
             fits = kept is not None and kept.shape[0] == forward.batch
             old = kept[:, : forward.past].to(device) if fits and kept is not None else self._of_prompt(forward, device)
             old = torch.nn.functional.pad(old, (0, forward.past - old.shape[1]))
         self._kept.labels = torch.cat([old, new], dim=1)
+
+    def of_pass(self, forward: Forward, device: torch.device) -> Tensor:
+        """[B, length] labels of the columns of this pass alone; nothing is remembered."""
+        if self.given is not None:
+            labels, end = self._rows(self.given.labels, forward).to(device), forward.past + forward.length
+            return torch.nn.functional.pad(labels, (0, max(0, end - labels.shape[1])))[:, forward.past : end]
+        if forward.ids is not None:
+            return ModalitySpans.of_ids(forward.ids, self.tokens).labels.to(device)
+        if not forward.past:
+            raise InputError("the model was given embeddings without input_ids; give the spans with ModalitySpans")
+        return torch.zeros(forward.batch, forward.length, dtype=torch.int8, device=device)
 
     def _of_prompt(self, forward: Forward, device: torch.device) -> Tensor:
         if forward.prompt_ids is None:
