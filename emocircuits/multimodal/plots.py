@@ -19,8 +19,8 @@ def mass_map(mass: Matrix, name: str) -> go.Figure:
     known = [v for row in mass for v in numbers(row) if v is not None]
     columns = list(range(len(mass[0]) if mass else 0))
     fig = heat(mass, columns, [str(i) for i in range(len(mass))], SCALE, (0.0, max(known, default=1.0)), "head",
-               height=120 + 22 * len(mass), show_values=False, form=".0%", title=f"attention on {name}")  # fmt: skip
-    return fig.update_yaxes(title_text="layer")
+               height=150 + 26 * len(mass), show_values=False, form=".0%", title=f"attention on {name}")  # fmt: skip
+    return fig.update_yaxes(title_text="layer").update_xaxes(dtick=max(1, len(columns) // 8))
 
 
 def effect_bars(effects: Mapping[str, Mapping[str, Row]]) -> go.Figure:

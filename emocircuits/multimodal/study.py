@@ -140,9 +140,9 @@ def page(found: Found, model: str) -> str:
 def _said(found: Found) -> list[str]:
     """The findings in words, whichever way they came out."""
     first, *others = found["modalities"]
-    without = ", ".join(map(esc, found["modalities"]))
+    without = " and ".join(map(esc, found["modalities"]))
     said = [
-        f"{found['n_rows']} prompts. Without any of {without} the answer stays the same in "
+        f"{found['n_rows']} prompts. Without {without} the answer stays the same in "
         f"{num(found['text_reliance'], '.0%')} of them: that much the text alone explains."
     ]
     for other in others:
