@@ -182,8 +182,16 @@ class LiveSpans:
         return labels.repeat_interleave(forward.batch // len(labels), dim=0)
 
     def mask(self, name: str, width: int) -> Tensor:
-        """[B, width] True on the keys of one name, for a cache of `width` columns."""
+        """[B, width] True on the keys of one name, for keys and values of `width` columns.
+
+        More columns than tokens are slots still free (a static cache); fewer, the last ones (a sliding window).
+        """
         labels = self._kept.labels
         assert labels is not None
-        found = labels == self.names.index(name)
-        return torch.nn.functional.pad(found, (0, max(0, width - found.shape[1])))[:, :width]
+        return aligned(labels == self.names.index(name), width)
+
+
+def aligned(columns: Tensor, width: int) -> Tensor:
+    """[B, T] of all tokens so far as [B, width] of the keys that a layer holds; see `LiveSpans.mask`."""
+    n = columns.shape[1]
+    return columns[:, n - width :] if n > width else torch.nn.functional.pad(columns, (0, width - n))

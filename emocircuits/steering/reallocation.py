@@ -25,7 +25,7 @@ from ..activations.sites import expand_layers
 from ..errors import ArtefactError, HookError, InputError, unknown
 from ..models.anatomy import Anatomy, resolve, unwrap
 from ..models.fingerprint import check_fits, fingerprint
-from ..models.spans import LiveSpans, ModalitySpans, placeholders
+from ..models.spans import LiveSpans, ModalitySpans, aligned, placeholders
 from .policies import POLICIES, Boost, Multiply, Policy, Sinks
 
 KIND = "reallocation"
@@ -233,11 +233,13 @@ class _Live:
 
     def _sinks(self, layer: int, width: int) -> Tensor | None:
         found = self.sinks.get(layer)
-        return None if found is None else nn.functional.pad(found, (0, max(0, width - found.shape[1])))[:, :width]
+        return None if found is None else aligned(found, width)
 
     def _queries(self, call: Call, regions: Tensor) -> Tensor:
         """[B, Q] True where this pass's queries are gated: everywhere, or behind the last key of the regions."""
-        columns = self._forward().columns(call.query.device)[None]
+        forward = self._forward()
+        left = max(0, forward.past + forward.length - regions.shape[-1])  # what a sliding window has left behind
+        columns = forward.columns(call.query.device)[None] - left
         if self.queries == "all":
             return torch.ones_like(columns, dtype=torch.bool)
         keys = torch.arange(regions.shape[-1], device=regions.device)
