@@ -128,6 +128,7 @@ def _templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[in
 
 class _Kept(local):
     labels: Tensor | None = None
+    call: int = 0
 
 
 class LiveSpans:
@@ -150,10 +151,10 @@ class LiveSpans:
         new = self.of_pass(forward, device)
         old = torch.zeros(forward.batch, 0, dtype=torch.int8, device=device)
         if forward.past:
-            fits = kept is not None and kept.shape[0] == forward.batch
+            fits = kept is not None and len(kept) == forward.batch and self._kept.call == forward.call
             old = kept[:, : forward.past].to(device) if fits and kept is not None else self._of_prompt(forward, device)
             old = torch.nn.functional.pad(old, (0, forward.past - old.shape[1]))
-        self._kept.labels = torch.cat([old, new], dim=1)
+        self._kept.labels, self._kept.call = torch.cat([old, new], dim=1), forward.call
 
     def of_pass(self, forward: Forward, device: torch.device) -> Tensor:
         """[B, length] labels of the columns of this pass alone; nothing is remembered."""
