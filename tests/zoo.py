@@ -196,6 +196,7 @@ def _features(name: str, batch: int, generator: torch.Generator) -> tuple[dict[s
         "llava_onevision": ({"pixel_values": noise(batch, 2, 3, 8, 8), "image_sizes": sizes}, 0, 10),
         "gemma3": ({"pixel_values": noise(batch, 3, 16, 16)}, 0, 4),
         "smolvlm": ({"pixel_values": noise(batch, 1, 3, 16, 16)}, 0, 4),
+        "idefics3": ({"pixel_values": noise(batch, 1, 3, 16, 16)}, 0, 4),
         "phi4_multimodal": (
             {
                 "audio_input_features": noise(batch, _FRAMES, _MELS),

@@ -203,6 +203,17 @@ MULTIMODAL_CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "pad_token_id": PAD,
         },
     ),
+    "idefics3": (
+        "Idefics3ForConditionalGeneration",
+        "Idefics3Config",
+        {
+            "text_config": {**_FREE_HEADS, "model_type": "llama"},
+            "vision_config": {**_VISION, "image_size": 16},
+            "image_token_id": IMAGE,
+            "scale_factor": 2,
+            "pad_token_id": PAD,
+        },
+    ),
     "phi4_multimodal": (
         "Phi4MultimodalForCausalLM",
         "Phi4MultimodalConfig",
