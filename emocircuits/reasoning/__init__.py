@@ -1,0 +1,1 @@
+"""Reasoning step by step: which sentence of a model's reasoning carries its answer."""
