@@ -34,7 +34,9 @@ def test_token_bounds_tile_the_tokens(sizes: list[int], tokens: list[int]) -> No
     if at < len(text):
         offsets.append((at, len(text)))
     bounds = steps.token_bounds(offsets)
-    assert bounds[0] == 0 and bounds[-1] == len(offsets) and list(bounds) == sorted(bounds)
+    assert bounds[0] == 0
+    assert bounds[-1] == len(offsets)
+    assert list(bounds) == sorted(bounds)
     for i in range(len(steps)):
         for token in range(bounds[i], bounds[i + 1]):
             assert steps.bounds[i] < offsets[token][1] <= steps.bounds[i + 1]
@@ -56,7 +58,8 @@ def test_bounds_must_tile(bounds: tuple[int, ...]) -> None:
 
 def test_rollouts_leave_errors_out_and_refuse_twins() -> None:
     rollouts = Rollouts(2, (Rollout(1, 1, "b"), Rollout(1, 0, "a"), Rollout(1, 2, "", finish="error", reason="503")))
-    assert [r.text for r in rollouts.at(1)] == ["a", "b"] and rollouts.at(0) == ()
+    assert [r.text for r in rollouts.at(1)] == ["a", "b"]
+    assert rollouts.at(0) == ()
     with pytest.raises(InputError, match="twice"):
         rollouts.plus([Rollout(1, 0, "c")])
     with pytest.raises(InputError, match=r"0\.\.2"):
