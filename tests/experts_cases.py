@@ -16,7 +16,11 @@ NAME = "qwen2_5_omni"
 SMALL = MoSEConfig(r=3, alpha=5.0, n_experts=3, modalities=("audio", "image"), target_modules=("q_proj", "v_proj"))
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 GREEDY["suppress_tokens"] = list(range(zoo.LAST_TEXT, 128))  # a placeholder would need features of its own
-OUTPUT = {"phi4_multimodal": "o_proj"}  # its other projections are fused
+OUTPUT = {
+    "phi4_multimodal": "o_proj",  # its other projections are fused
+    "gemma3n": "q_proj",  # the last layers borrow keys and values
+    "minicpmv4_6": "down_proj",  # most layers have linear attention
+}
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ def first(module: Any, *names: str) -> Any:
 
 
 def attention(block: Any) -> Any:
-    return first(block, "self_attn", "attn", "attention")
+    return first(block, "self_attn", "attn", "attention", "linear_attn")
 
 
 def is_sandwich(block: Any) -> bool:
@@ -159,14 +159,25 @@ def _block_sites(block: Any, seen: Seen, config: Any) -> dict[str, Tensor]:
     attn = attention(block)
     made = {site: hidden(seen.outputs[id(module)]) for site, module in added(block).items()}
     made |= {"resid_pre": seen.inputs[id(block)], "resid_post": hidden(seen.outputs[id(block)])}
-    made |= dict(zip("qkv", queries_keys_values(attn, seen.inputs[id(attn)], config)))
-    made["pattern"] = seen.outputs[id(attn)][1]
-    groups = made["q"].shape[2] // made["v"].shape[2]
-    made["z"] = torch.einsum("bhqk,bkhd->bqhd", made["pattern"], made["v"].repeat_interleave(groups, dim=2))
+    if not hasattr(block, "linear_attn"):
+        made |= _attention_sites(attn, seen, config)
     if not is_parallel(block):
         made["resid_mid"] = made["resid_pre"] + made["attn_out"]
     if down_projection(block) is not None:
         made["mlp_post"] = neurons(block.mlp, seen.inputs[id(block.mlp)])
+    return made
+
+
+def _attention_sites(attn: Any, seen: Seen, config: Any) -> dict[str, Tensor]:
+    x = seen.inputs[id(attn)]
+    made = dict(zip("qkv", queries_keys_values(attn, x, config)))
+    made["pattern"] = seen.outputs[id(attn)][1]
+    groups = config.num_attention_heads // made["v"].shape[2]
+    made["z"] = torch.einsum("bhqk,bkhd->bqhd", made["pattern"], made["v"].repeat_interleave(groups, dim=2))
+    if hasattr(attn, "q_proj") and made["q"].shape[2] == 2 * config.num_attention_heads:
+        gate = linear(attn.q_proj, x).unflatten(-1, (config.num_attention_heads, 2, -1))[..., 1, :]
+        made["z"] = made["z"] * gate.sigmoid()  # its queries come with a gate, so q is no site
+        del made["q"]
     return made
 
 
@@ -175,7 +186,7 @@ def queries_keys_values(attn: Any, x: Tensor, config: Any) -> tuple[Tensor, ...]
     heads = config.num_attention_heads
     if hasattr(attn, "q_proj"):
         parts: Any = [linear(m, x) for m in (attn.q_proj, attn.k_proj, attn.v_proj)]
-        width = parts[0].shape[-1] // heads
+        width = parts[1].shape[-1] // config.num_key_value_heads
         return tuple(p.unflatten(-1, (-1, width)) for p in parts)
     if hasattr(attn, "query_key_value"):
         return linear(attn.query_key_value, x).unflatten(-1, (heads, 3, -1)).unbind(-2)

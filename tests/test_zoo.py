@@ -83,7 +83,7 @@ def test_every_sublayer_matters(name: str) -> None:
     layers = decoder_layers(model)
     assert len(layers) == 4
     for layer in layers:
-        attention = next(m for n, m in layer.named_children() if n in ("self_attn", "attn", "attention"))
+        attention = next(m for n, m in layer.named_children() if n in ("self_attn", "attn", "attention", "linear_attn"))
         for part in (attention, layer.get_submodule("mlp")):
             handle = part.register_forward_hook(_silence)
             assert (logits(model, **batch) - clean).abs().mean() > 5e-3

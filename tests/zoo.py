@@ -15,8 +15,10 @@ import copy
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+from unittest import mock
 
 import torch
 import transformers
@@ -86,9 +88,25 @@ def _text_master(name: str, seed: int) -> PreTrainedModel:
 def _multimodal_master(name: str, seed: int) -> PreTrainedModel:
     model_class, config_class, settings = MULTIMODAL_CONFIGS[name]
     config = getattr(transformers, config_class)(**copy.deepcopy(settings))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _without_timm(name):
         torch.manual_seed(seed)
         return _finish(getattr(transformers, model_class)(config), name, seed)
+
+
+@contextmanager
+def _without_timm(name: str) -> Iterator[None]:
+    """Gemma 3n sees through a timm model, which is not among the packages: its place stays empty, it only hears."""
+    if name != "gemma3n":
+        yield
+        return
+    real = transformers.AutoModel.from_config
+    blind = transformers.Gemma3nVisionConfig
+
+    def made(config: Any, **options: Any) -> nn.Module:
+        return nn.Identity() if isinstance(config, blind) else real(config, **options)
+
+    with mock.patch.object(transformers.AutoModel, "from_config", made):
+        yield
 
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:
@@ -99,6 +117,8 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
 
 TEXT: dict[str, Builder] = {name: functools.partial(build, name) for name in TEXT_CONFIGS}
 MULTIMODAL: dict[str, Builder] = {name: functools.partial(build, name) for name in MULTIMODAL_CONFIGS}
+ONE_STREAM = [name for name in (*TEXT, *MULTIMODAL) if name != "gemma3n"]
+"""Gemma 3n passes several residual streams from block to block: it has attention and an MLP, but no resid sites."""
 
 # ---------------------------------------------------------------- inputs
 
@@ -147,7 +167,7 @@ def modalities(name: str) -> tuple[str, ...]:
     """Which modalities `multimodal_inputs(name, ...)` carries besides text, in sequence order."""
     if name in ("qwen2_5_omni", "qwen3_omni_moe"):
         return ("audio", "image")
-    return ("audio",) if name in ("qwen2_audio", "phi4_multimodal", "voxtral") else ("image",)
+    return ("audio",) if name in _HEARING else ("image",)
 
 
 def placeholder_ids(name: str) -> Mapping[str, int]:
@@ -169,6 +189,7 @@ def _with_spans(batch: int, audio: int, image: int, generator: torch.Generator) 
 
 
 _FRAMES, _MELS = 40, 8
+_HEARING = ("qwen2_audio", "phi4_multimodal", "voxtral", "audioflamingo3", "gemma3n")
 
 
 def _features(name: str, batch: int, generator: torch.Generator) -> tuple[dict[str, torch.Tensor], int, int]:
@@ -197,6 +218,16 @@ def _features(name: str, batch: int, generator: torch.Generator) -> tuple[dict[s
         "gemma3": ({"pixel_values": noise(batch, 3, 16, 16)}, 0, 4),
         "smolvlm": ({"pixel_values": noise(batch, 1, 3, 16, 16)}, 0, 4),
         "idefics3": ({"pixel_values": noise(batch, 1, 3, 16, 16)}, 0, 4),
+        "minicpmv4_6": (
+            {
+                "pixel_values": noise(
+                    1, 3, 4, batch * 64 * 4
+                ),  # 8 x 8 patches of 4 x 4 pixels each, in a row
+                "target_sizes": torch.full((batch, 2), 8),
+            },
+            0,
+            4,
+        ),
         "phi4_multimodal": (
             {
                 "audio_input_features": noise(batch, _FRAMES, _MELS),
@@ -206,5 +237,21 @@ def _features(name: str, batch: int, generator: torch.Generator) -> tuple[dict[s
             0,
         ),
         "voxtral": ({"input_features": noise(batch, _MELS, _FRAMES)}, 5, 0),
+        "audioflamingo3": (
+            {
+                "input_features": noise(batch, _MELS, _FRAMES),
+                "input_features_mask": torch.ones(batch, _FRAMES, dtype=torch.long),
+            },
+            10,
+            0,
+        ),
+        "gemma3n": (
+            {
+                "input_features": noise(batch, _FRAMES, _MELS),
+                "input_features_mask": torch.ones(batch, _FRAMES, dtype=torch.bool),
+            },
+            4,
+            0,
+        ),
     }
     return made[name]

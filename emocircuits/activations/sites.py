@@ -70,6 +70,8 @@ def expand_sites(request: SiteRequest, layers: int | str | Iterable[int] | None,
     for site, own in pairs:
         check_site(str(site))
         wanted = [0] if site == "final_norm" else expand_layers(own, anatomy.n_layers)  # type: ignore[arg-type]
+        if own is None or own == "all":  # of a hybrid model, the layers that have this site
+            wanted = [n for n in wanted if anatomy.has(str(site), n)] or wanted
         keys.update({(str(site), layer): None for layer in wanted})
     if not keys:
         raise InputError("no site was asked for; name at least one, for example 'resid_post'")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # `activations` is built on this module
 
 BLOCK_LISTS = ("layers", "h", "blocks", "decoder_layers")
 ATTENTION = ("self_attn", "attention", "attn", "self_attention")
+OTHER_MIXERS = ("linear_attn", "mamba", "conv")  # what stands in for attention in hybrid models
 MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 O_PROJ = ("o_proj", "dense", "c_proj", "out_proj", "wo")
 DOWN_PROJ = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "w2")
@@ -108,6 +109,10 @@ class Anatomy:
             return self.points[key]
         reason = self.missing.get(f"{site}.{layer}") or self.missing.get(site) or "it was not found in the block"
         raise HookError(f"site {site!r} is not defined at layer {layer} of this {self.family} model: {reason}")
+
+    def has(self, site: str, layer: int) -> bool:
+        """Whether a layer has this site."""
+        return bool(self.attention[layer]) if site == "pattern" else (site, layer) in self.points
 
     def sites(self) -> list[str]:
         """Sites defined in at least one layer, in forward order."""
@@ -282,10 +287,18 @@ class _BlockReader:
         self.points["resid_pre", layer] = Point(path, "input")
         self.points["resid_post", layer] = Point(path, "output")
         self._residual(block, layer, path, attn, mlp)
+        if hasattr(block, "altup"):
+            for site in ("resid_pre", "resid_mid", "resid_post"):
+                del self.points[site, layer]
+                self.missing[site] = (
+                    "its blocks pass on several residual streams (AltUp); use attn_out or mlp_out"
+                )
         if attn is None:
             self.attention.append("")
             for site in ("q", "k", "v", "z", "pattern", "attn_out"):
                 self.missing[f"{site}.{layer}"] = "this block has no softmax attention"
+            if mixer := child_named(block, OTHER_MIXERS):
+                self.points["attn_out", layer] = Point(f"{path}.{mixer}")
         else:
             self.attention.append(f"{path}.{attn}")
             self._attention(getattr(block, attn), layer, f"{path}.{attn}")
@@ -328,6 +341,10 @@ class _BlockReader:
     def _qkv(self, attn: nn.Module, layer: int, path: str, n_heads: int, head_dim: int) -> None:
         kv_heads = n_heads
         fused_by_head = child_named(attn, ("query_key_value",))
+        if getattr(attn, "is_kv_shared_layer", False):
+            self.points["q", layer] = Point(f"{path}.q_proj", heads=n_heads)
+            self.missing |= {f"{s}.{layer}": "it reads the keys and values of an earlier layer" for s in "kv"}
+            return
         if all(hasattr(attn, f"{site}_proj") for site in "qkv"):
             kv_heads = features(attn.get_submodule("k_proj"))[1] // head_dim
             for site, heads in (("q", n_heads), ("k", kv_heads), ("v", kv_heads)):

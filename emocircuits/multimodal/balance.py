@@ -74,7 +74,7 @@ def attention_mass(
     handles = tracker.install()
     try:
         with around_attention(module, anatomy, dict.fromkeys(covered, look)):
-            capture(module, inputs, "resid_post", anatomy.n_layers - 1)
+            capture(module, inputs, "attn_out", covered[-1])
     finally:
         for handle in handles:
             handle.remove()
