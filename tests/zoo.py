@@ -220,9 +220,7 @@ def _features(name: str, batch: int, generator: torch.Generator) -> tuple[dict[s
         "idefics3": ({"pixel_values": noise(batch, 1, 3, 16, 16)}, 0, 4),
         "minicpmv4_6": (
             {
-                "pixel_values": noise(
-                    1, 3, 4, batch * 64 * 4
-                ),  # 8 x 8 patches of 4 x 4 pixels each, in a row
+                "pixel_values": noise(1, 3, 4, batch * 64 * 4),  # 8 x 8 patches of 4 x 4 pixels each, in a row
                 "target_sizes": torch.full((batch, 2), 8),
             },
             0,

@@ -290,9 +290,7 @@ class _BlockReader:
         if hasattr(block, "altup"):
             for site in ("resid_pre", "resid_mid", "resid_post"):
                 del self.points[site, layer]
-                self.missing[site] = (
-                    "its blocks pass on several residual streams (AltUp); use attn_out or mlp_out"
-                )
+                self.missing[site] = "its blocks pass on several residual streams (AltUp); use attn_out or mlp_out"
         if attn is None:
             self.attention.append("")
             for site in ("q", "k", "v", "z", "pattern", "attn_out"):

@@ -59,10 +59,12 @@ class ContrastiveDecoding(LogitsProcessor):
                 more = new if name == "input_ids" else torch.full_like(new, int(name == "attention_mask"))
                 inputs[name] = torch.cat([value, more.to(value.dtype)], dim=1)
         with torch.no_grad():
-            other = self.model(**inputs, use_cache=False).logits[:, -1].to(scores).log_softmax(-1)
-        scores = scores.log_softmax(-1)  # beams compare rows, so a constant for each row matters
-        contrasted = (1 + self.alpha) * scores - self.alpha * other
-        return contrasted.masked_fill(scores < scores.amax(-1, keepdim=True) + math.log(self.beta), -torch.inf)
+            other = self.model(**inputs, use_cache=False).logits[:, -1].to(scores)
+        allowed = scores >= scores.amax(-1, keepdim=True) + math.log(self.beta)
+        possible = scores > -torch.inf  # beams compare rows, so both sides share one normalisation over these
+        other = other.masked_fill(~possible, -torch.inf).log_softmax(-1)
+        contrasted = scores + self.alpha * (scores.log_softmax(-1) - other)
+        return contrasted.masked_fill(~allowed, -torch.inf)
 
 
 def _repeated(value: Any, rows: int, repeats: int) -> Any:

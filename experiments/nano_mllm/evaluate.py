@@ -33,7 +33,6 @@ from sets import HELD_OUT, VALIDATION, EvaluationSet, Recipe, evaluation_sets, k
 
 from emocircuits.artefact import write_json_atomic, write_text_atomic
 from emocircuits.evaluation.statistics import Interval, clustered_bootstrap, paired_test
-from emocircuits.steering.reallocation import Reallocation
 
 RESULTS = Path(__file__).parents[1] / "results" / "nano_mllm"
 console = Console()
@@ -89,13 +88,13 @@ def named_sets(options: argparse.Namespace, recipe: Recipe) -> dict[str, Evaluat
     return {question: evaluation_sets(*people, question)["conflict"] for question in ("voice", "face")}
 
 
-def named(model: Any, sets: dict[str, EvaluationSet], made: Reallocation | None = None) -> dict[str, Any]:
-    """Accuracy on the named sets, with or without a reallocation."""
+def named(model: Any, sets: rebalance.Sets, setting: rebalance.Setting | None = None) -> dict[str, Any]:
+    """Accuracy on the named sets, with or without a change."""
     found = {}
     for question in ("voice", "face"):
         clips = sets[question]
         wanted = clips.heard if question == "voice" else clips.seen
-        right = rebalance.probabilities(model, clips, made).argmax(1) == wanted
+        right = rebalance.probabilities(model, clips, setting and setting.made).argmax(1) == wanted
         found[question] = as_json(clustered_bootstrap(right.astype(float), clips.persons))
     return found
 
@@ -149,7 +148,7 @@ def _row(model: Any, sets: dict[str, EvaluationSet], setting: rebalance.Setting,
     return {
         "way": setting.way, "strength": setting.strength, **decided(p, conflict),
         "consistent": as_json(clustered_bootstrap(kept, consistent.persons)),
-        "named": named(model, sets, setting.made),
+        "named": named(model, sets, setting),
         "random gap": as_json(clustered_bootstrap(random_gap, conflict.persons)),
         "random consistent": as_json(clustered_bootstrap(random_kept, consistent.persons)),
         "change": {**as_json(change.difference), "p": change.p},

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
@@ -176,15 +177,18 @@ def label_probabilities(
     items: Sequence[Item],
     batch: int = 64,
     around: Callable[[dict[str, Tensor]], AbstractContextManager[Any]] | None = None,
+    processor: Callable[[dict[str, Tensor]], LogitsProcessor] | None = None,
 ) -> NDArray[np.float64]:
     """[n, 6] probability of each answer word among EMOTIONS as the next token, from one forward pass each.
 
-    around: made from a batch's inputs, a context in which that batch runs.
+    around, processor: made from a batch's inputs, a context in which that batch runs, and what changes its logits.
     """
     found = []
     for start in range(0, len(items), batch):
         inputs = collate(items[start : start + batch])
         with around(inputs) if around is not None else nullcontext():
-            logits = model(**inputs, use_cache=False).logits[:, -1, label_ids()]
-        found.append(logits.double().softmax(-1))
+            logits = model(**inputs, use_cache=False).logits[:, -1]
+        if processor is not None:
+            logits = processor(inputs)(inputs["input_ids"], logits)
+        found.append(logits[:, label_ids()].double().softmax(-1))
     return torch.cat(found).numpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,35 @@ from torch import Tensor
 
 from emocircuits.activations import capture
 from emocircuits.models.spans import ModalitySpans, placeholders
+from emocircuits.steering.contrast import ContrastiveDecoding, noised
 from emocircuits.steering.policies import Boost, Multiply, Policy, SetPoint, Sinks, Transfer
 from emocircuits.steering.reallocation import Reallocation
 
 Around = Callable[[dict[str, Tensor]], AbstractContextManager[Any]]
+Sets = Mapping[str, EvaluationSet]
 
+FEATURES = {"audio": "input_features", "image": "pixel_values"}
 DRAWS = 5
 """Random spans that the control averages over."""
 ALLOWED_LOSS = 0.02
 """How much accuracy on consistent validation clips a chosen strength may cost."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Contrastive decoding against a clip whose `modality` is noise in this share of its variance (VCD)."""
+
+    modality: str
+    alpha: float
+    share: float
+
+    def probabilities(self, model: Any, items: Sequence[Any]) -> NDArray[np.float64]:
+        """[n, 6], from two forward passes a prompt."""
+
+        def processor(inputs: dict[str, Tensor]) -> ContrastiveDecoding:
+            return ContrastiveDecoding(model, noised(inputs, [FEATURES[self.modality]], self.share), self.alpha)
+
+        return label_probabilities(model, items, processor=processor)
 
 
 @dataclass(frozen=True)
@@ -33,7 +53,7 @@ class Setting:
 
     way: str
     strength: float
-    made: Reallocation
+    made: Reallocation | Contrast
 
 
 def settings(source: str, target: str, sink_size: float) -> Iterator[Setting]:
@@ -56,6 +76,9 @@ def settings(source: str, target: str, sink_size: float) -> Iterator[Setting]:
         for queries in ("last",) if family == "boost" else ("last", "after"):
             for strength in strengths:
                 yield Setting(f"{family}, {queries}", strength, Reallocation(policy(strength), queries=queries))
+    for share in (0.5, 1.0):
+        for alpha in (0.25, 0.5, 1, 2, 4, 8):
+            yield Setting(f"contrast, {share:.0%} noise", alpha, Contrast(target, alpha, share))
 
 
 def gaps(p: NDArray[np.float64], clips: EvaluationSet) -> NDArray[np.float64]:
@@ -69,15 +92,15 @@ def right(p: NDArray[np.float64], clips: EvaluationSet) -> NDArray[np.float64]:
     return (p.argmax(1) == np.maximum(clips.heard, clips.seen)).astype(np.float64)
 
 
-def probabilities(model: Any, clips: EvaluationSet, made: Reallocation | None) -> NDArray[np.float64]:
+def probabilities(model: Any, clips: EvaluationSet, made: Reallocation | Contrast | None) -> NDArray[np.float64]:
     """[n, 6] with or without a reallocation."""
+    if isinstance(made, Contrast):
+        return made.probabilities(model, clips.items)
     with made.attach(model) if made is not None else nullcontext():
         return label_probabilities(model, clips.items)
 
 
-def sweep(
-    model: Any, sets: Mapping[str, EvaluationSet], tried: Sequence[Setting], each: Callable[[], None]
-) -> list[dict[str, Any]]:
+def sweep(model: Any, sets: Sets, tried: Sequence[Setting], each: Callable[[], None]) -> list[dict[str, Any]]:
     """Gap and consistent accuracy of each setting on the validation sets; `each` is called after every one."""
     rows = []
     for setting in tried:
@@ -87,7 +110,9 @@ def sweep(
     return rows
 
 
-def measured(model: Any, sets: Mapping[str, EvaluationSet], made: Reallocation | None = None) -> tuple[float, float]:
+def measured(
+    model: Any, sets: Mapping[str, EvaluationSet], made: Reallocation | Contrast | None = None
+) -> tuple[float, float]:
     """Mean gap on the conflict set, and accuracy on the consistent one."""
     gap = gaps(probabilities(model, sets["conflict"], made), sets["conflict"])
     return float(gap.mean()), float(right(probabilities(model, sets["consistent"], made), sets["consistent"]).mean())
@@ -121,8 +146,11 @@ def random_spans(model: Any, made: Reallocation, seed: int) -> Around:
     return around
 
 
-def control(model: Any, clips: EvaluationSet, made: Reallocation, seed: int) -> list[NDArray[np.float64]]:
-    """DRAWS times [n, 6] under random spans."""
+def control(model: Any, clips: EvaluationSet, made: Reallocation | Contrast, seed: int) -> list[NDArray[np.float64]]:
+    """DRAWS times [n, 6] under random spans; of a contrast, once with the noise in the other modality."""
+    if isinstance(made, Contrast):
+        other = next(name for name in FEATURES if name != made.modality)
+        return [replace(made, modality=other).probabilities(model, clips.items)]
     return [label_probabilities(model, clips.items, around=random_spans(model, made, seed + k)) for k in range(DRAWS)]
 
 

@@ -80,8 +80,9 @@ def _reallocation(result: Mapping[str, Any]) -> str:
         "Strengths were chosen on validation people: the smallest absolute gap that costs at most"
         f" {found['allowed_loss']:.2f} of consistent accuracy. Random: the same policy with audio and image labels"
         " dealt out at random among the modality tokens of each prompt, mean of 5 draws. Sinks: a token is one where a"
-        f" normalised dimension exceeds {found['sink_size']:.2f} (measured on validation clips).\n\n"
-        + _table(head, rows)
+        f" normalised dimension exceeds {found['sink_size']:.2f} (measured on validation clips). Contrast: contrastive"
+        f" decoding against the same clip with noise in the {found['to']} (a second pass each); its random control puts"
+        f" the noise in the {found['from']}.\n\n" + _table(head, rows)
     )
 
 
