@@ -28,7 +28,9 @@ _ABBREVIATED = re.compile(
     r"|(?:^|\s)[A-Z](?=\.\s[A-Z]\.)|\.[A-Za-z])$"
 )
 _FACTORIAL = re.compile(r"[\d)}]!+\s+(?![A-Z])")
-_NUMERAL = re.compile(r"(?:^|\n)[^\S\n]*(?:[-*>][^\S\n]+)?(?:\*\*|\()?(?:\d{1,3}|[A-Za-z]|[ivx]{2,4})$|[.!?]\s+\d{1,2}$")
+_NUMERAL = re.compile(
+    r"(?:^|\n)[^\S\n]*(?:[-*>][^\S\n]+)?(?:\*\*|\()?(?:\d{1,3}|[A-Za-z]|[ivx]{2,4})$|[.!?]\s+\d{1,2}$"
+)
 
 
 def split(text: str, by: str | re.Pattern[str] | Splitter = "sentence", *, min_chars: int = 10) -> Steps:
