@@ -79,18 +79,18 @@ def test_pushes_equal_one_edited_pass_each(organism: Organism) -> None:
     ids, bounds = trace_tokens(TOKENS, TRACE, " w13")
     vector = directions().units[1, 0] * 2.0
 
-    def odds(spans: list[tuple[int, int]], dose: float) -> float:
-        push = Add(site="resid_post", layer=0, vector=vector * dose, positions=[spans])
+    def odds(span: tuple[int, int], dose: float) -> float:
+        push = Add(site="resid_post", layer=0, vector=vector * dose, positions=[span])
         with torch.no_grad(), edit(organism.model, [push]):
             logits = organism.model(torch.tensor([ids])).logits[0, -1, 50:53]
         return float(logits[1] - torch.cat([logits[:1], logits[2:]]).logsumexp(0))
 
-    clean = odds([], 0.0)
+    clean = odds((2, 5), 0.0)
     assert found.clean == pytest.approx(clean, abs=1e-4)
     for d, dose in enumerate(found.doses):
         for i, span in enumerate(pairwise(bounds)):
-            assert found.odds[i, d].item() == pytest.approx(odds([span], dose) - clean, abs=2e-4)
-        together = odds([(bounds[0], bounds[-1])], dose) - clean
+            assert found.odds[i, d].item() == pytest.approx(odds(span, dose) - clean, abs=2e-4)
+        together = odds((bounds[0], bounds[-1]), dose) - clean
         assert found.everywhere[d].item() == pytest.approx(together, abs=2e-4)
     assert (found.odds[:, 1] > 0).all()  # towards sadness
     assert (found.odds[:, 0] < 0).all()

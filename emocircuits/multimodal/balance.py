@@ -117,8 +117,8 @@ class Answers:
 
     def odds(self, scores: Tensor, rows: Tensor) -> Tensor:
         """[B] log-odds of one answer of each row against all others."""
-        own = scores.gather(1, rows[:, None].to(scores.device))[:, 0]
-        return own - torch.log1p(-own.exp().clamp(max=1 - 1e-7))
+        index = rows[:, None].to(scores.device)
+        return scores.gather(1, index)[:, 0] - scores.scatter(1, index, -torch.inf).logsumexp(-1)
 
 
 @contextmanager

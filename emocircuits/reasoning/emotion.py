@@ -104,15 +104,14 @@ def push_steps(
     noise = torch.randn(n_controls, *unit.shape, generator=generator)
     vectors = torch.cat([unit[None], torch.nn.functional.normalize(noise, dim=-1)]) * directions.norms[slots, None]
     plan = [(v, s, d) for v in range(len(vectors)) for s in range(len(spans)) for d in range(len(doses))]
-    plan = [(0, -1, 0), *(p for p in plan if spans[p[1]])]
+    plan = [p for p in plan if spans[p[1]]]
     odds = torch.full((len(vectors), len(spans), len(doses)), torch.nan)
-    clean = float("nan")
     prefix = _Prefix(model, ids, bounds[0])
+    clean = float(answers.odds(answers.scores(model, prefix.rows(1)).float().cpu(), target))
     used = [directions.layers[s] for s in slots]
     for start in range(0, len(plan), batch_size):
         part = plan[start : start + batch_size]
-        where = [spans[s] if s >= 0 else [] for _, s, _ in part]
-        sizes = torch.tensor([doses[d] if s >= 0 else 0.0 for _, s, d in part])
+        where, sizes = [spans[s] for _, s, _ in part], torch.tensor([doses[d] for _, _, d in part])
         which = torch.tensor([v for v, _, _ in part])
         edits = [
             Add(site=directions.site, layer=layer, vector=vectors[which, i], coefficient=sizes, positions=where)
@@ -122,10 +121,7 @@ def push_steps(
         with edit(model, edits):
             scores = answers.scores(model, rows).float().cpu()
         for (v, s, d), value in zip(part, answers.odds(scores, target.expand(len(part))).tolist()):
-            if s < 0:
-                clean = value
-            else:
-                odds[v, s, d] = value
+            odds[v, s, d] = value
     change = odds - clean
     control = change[1:].mean(0) if n_controls else torch.full_like(change[0], torch.nan)
     return StepEffects(emotion, doses, change[0, :-1], change[0, -1], control[:-1], control[-1], clean)
