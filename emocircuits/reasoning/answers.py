@@ -11,7 +11,7 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from ..errors import InputError
 
@@ -70,6 +70,7 @@ class Labels:
 
     labels: tuple[str, ...] = ()
     stem: str = "Answer:"
+    scored: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if len({label.casefold() for label in self.labels}) < len(self.labels):
@@ -126,15 +127,23 @@ class Pattern:
 
 @dataclass(frozen=True)
 class LikelihoodAnswers(Labels):
-    """Each label's probability after prefix + reasoning + stem, so that no answer has to be sampled.
+    """Each label's probability right after prefix + reasoning + stem, so that no answer has to be sampled.
 
-    Where the completion already says the stem, reasoning is what stands before it.
+    Sampling should stop at the stem (`Sampling.stop`), for a model that has seen examples goes on to write it.
     """
+
+    stem: str = "\nAnswer:"
+    scored: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.labels) < 2:
             raise InputError("likelihood answers need at least two labels to choose from")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The labels as they follow the stem."""
+        return tuple(label if self.stem.endswith((" ", "\n")) else f" {label}" for label in self.labels)
 
 
 def _boxed(text: str) -> list[str]:
