@@ -172,21 +172,25 @@ class LocalEngine:
     recurrent layers works prefix by prefix. The model carries no hooks; whatever is attached to it acts as usual.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 16) -> None:
-        """Raises InputError for a batch_size below 1, a model in training mode or one that is no decoder."""
+    def __init__(self, model: Any, tokenizer: Any, batch_size: int = 16, name: str = "") -> None:
+        """name: tells apart what one model says under different interventions, so that a store does not mix them.
+
+        Raises InputError for a batch_size below 1, a model in training mode or one that is no decoder.
+        """
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {batch_size}")
         decoder = Decoder(model)
         if decoder.module.training:
             raise InputError("the model is in training mode, where dropout adds its own noise; call model.eval() first")
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.model, self.tokenizer, self.batch_size, self.name = model, tokenizer, batch_size, name
         self._decoder, self._prefixes = decoder, Prefixes(decoder)
         self._ends, self._decoded = set(end_tokens(decoder.module)), 0
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The model's fingerprint."""
-        return fingerprint(self._decoder.module)
+        """The model by its architecture and weights, wherever it was loaded from, and `name`."""
+        known = fingerprint(self._decoder.module)
+        return {"name": self.name, **{k: known[k] for k in ("architecture", "n_params", "weights_sha256")}}
 
     @property
     def computed_tokens(self) -> int:
@@ -228,16 +232,17 @@ class LocalEngine:
             batch.clear()
 
     @torch.no_grad()
-    def likelihoods(self, text: str, labels: Sequence[str]) -> dict[str, float]:
+    def likelihoods(self, text: str, labels: Sequence[str], *, keep: bool = False) -> dict[str, float]:
         """Chances of the labels as what follows a text, each by its tokens' likelihood and summing to 1.
 
         Labels are read where they stand, right after the text, also when the tokenizer merges them with its end.
-        Raises InputError where the model's logits are NaN or there is no room in its context.
+        With `keep`, a later text may continue this one. Raises InputError where the model's logits are NaN or there is
+        no room in its context.
         """
         rows = [self._encoded(text + label) for label in labels]
         shared = min(_common(rows), min(map(len, rows)) - 1)
         tails = [row[shared:] for row in rows]
-        read = self._prefixes.read(rows[0][:shared], keep=False)
+        read = self._prefixes.read(rows[0][:shared], keep=keep)
         cache, logits = None, read.logits.expand(len(rows), -1)
         total = torch.zeros(len(rows), dtype=torch.float64)
         for place in range(max(map(len, tails))):
