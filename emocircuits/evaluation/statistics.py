@@ -201,6 +201,20 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(p, low, high, n, n, confidence)
 
 
+def newcombe(a: Interval, b: Interval) -> Interval:
+    """Interval of the difference p_a - p_b of two independent proportions, from their Wilson intervals.
+
+    Newcombe's hybrid score method (1998, method 10), at the confidence of `a` and `b`. NaN with a reason where one of
+    them has no trials.
+    """
+    n, estimate = a.n + b.n, a.estimate - b.estimate
+    if not (a.defined and b.defined):
+        return Interval(estimate, math.nan, math.nan, n, n, a.confidence, a.reason or b.reason)
+    low = estimate - math.hypot(a.estimate - a.low, b.high - b.estimate)
+    high = estimate + math.hypot(a.high - a.estimate, b.estimate - b.low)
+    return Interval(estimate, max(low, -1.0), min(high, 1.0), n, n, a.confidence)
+
+
 def holm(pvalues: ArrayLike) -> Floats:
     """Holm-adjusted p values [m] in the given order, controlling family-wise error (Holm, 1979).
 

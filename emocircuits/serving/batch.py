@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import InputError
 from ..models.anatomy import unwrap
@@ -48,6 +48,34 @@ def in_phase(steerer: Steerer | None, phase: str) -> Steerer | None:
     )
 
 
+class Decoder:
+    """One pass over new tokens of left-padded rows: the next logits, and the cache that holds them too."""
+
+    def __init__(self, model: Any) -> None:
+        """Raises InputError for a model whose forward is not that of a transformers decoder."""
+        self.module: Any = unwrap(model)
+        self._takes = set(inspect.signature(type(self.module).forward).parameters)
+        if not {"input_ids", "attention_mask", "past_key_values"} <= self._takes:
+            raise InputError(f"{type(self.module).__name__} has no forward of a transformers decoder, so no server")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def __call__(self, tokens: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Logits [B, vocabulary] after tokens [B, n]; mask [B, columns of the cache + n], 1 on real tokens."""
+        n = tokens.shape[1]
+        given = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)[:, -n:], "logits_to_keep": 1}
+        out = self.module(
+            input_ids=tokens,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **{k: v for k, v in given.items() if k in self._takes},
+        )
+        return out.logits[:, -1], out.past_key_values
+
+
 class Batch:
     """Rows in generation. `join` reads prompts, `step` reads each row's newest token, `keep` drops the others.
 
@@ -55,11 +83,9 @@ class Batch:
     """
 
     def __init__(self, model: Any, pad_id: int = 0) -> None:
-        self.module: Any = unwrap(model)
-        self._takes = set(inspect.signature(type(self.module).forward).parameters)
-        if not {"input_ids", "attention_mask", "past_key_values"} <= self._takes:
-            raise InputError(f"{type(self.module).__name__} has no forward of a transformers decoder, so no server")
-        self._pad, self._device = pad_id, next(self.module.parameters()).device
+        self._forward = Decoder(model)
+        self.module: Any = self._forward.module
+        self._pad, self._device = pad_id, self._forward.device
         self._steering: ExitStack | None = None
         self.rows: list[Any] = []
         self._cache: Any = None
@@ -80,14 +106,19 @@ class Batch:
         with ExitStack() as stack:
             self._attach(stack, rows, "prompt")
             logits, cache = self._forward(tokens, mask, None)
+        self.admit(rows, cache, mask)
+        return logits
+
+    def admit(self, rows: Sequence[Row], cache: Any, mask: Tensor) -> None:
+        """Add rows whose prompts were read already: their cache, and mask [n, columns]. On an error none is added."""
+        self._detach()
         if self.rows:
-            length = max(width, self._mask.shape[1])
+            length = max(mask.shape[1], self._mask.shape[1])
             _join_caches(self._cache, cache, length)
             self._mask = torch.cat([_columns(self._mask, length), _columns(mask, length)])
         else:
             self._cache, self._mask = cache, mask
         self.rows += rows
-        return logits
 
     def step(self) -> Tensor:
         """Read every row's newest token; the next logits [B, vocabulary]."""
@@ -135,17 +166,17 @@ class Batch:
         if steering is not None:
             steering.close()
 
-    def _forward(self, tokens: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        n = tokens.shape[1]
-        given = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)[:, -n:], "logits_to_keep": 1}
-        out = self.module(
-            input_ids=tokens,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            **{k: v for k, v in given.items() if k in self._takes},
-        )
-        return out.logits[:, -1], out.past_key_values
+
+def repeated(cache: Any, n: int, length: int, config: Any) -> Any:
+    """`n` rows of a one-row cache of `length` tokens that evicted nothing; what windows no longer reach is left out."""
+    rows = DynamicCache(config=config)
+    for i, source in enumerate(cache.layers):
+        if source.is_initialized:  # else it uses another one's keys
+            layer: Any = rows.layers[i]
+            columns = min(length, layer.sliding_window - 1) if layer.is_sliding else length
+            layer.update(*(_columns(x, columns, -2).expand(n, -1, -1, -1) for x in (source.keys, source.values)))
+            _set_layer(layer, (layer.keys, layer.values), length)
+    return rows
 
 
 def _join_caches(running: Any, new: Any, length: int) -> None:

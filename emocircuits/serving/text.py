@@ -9,12 +9,17 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Decodes one row's tokens into pieces whose sum is the text, up to the first stop string."""
+    """Decodes one row's tokens into pieces whose sum is the text, up to the first stop string.
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
+    before: tokens in front of the first one, which some decoders need for the space that it begins with.
+    """
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], stop: Sequence[str] = (), before: Sequence[int] = ()
+    ) -> None:
         self._decode, self._stop = decode, tuple(stop)
-        self._ids: list[int] = []
-        self._read, self._known, self._held = 0, "", ""
+        self._ids = list(before)
+        self._read, self._known, self._held = 0, decode(self._ids) if before else "", ""
         self.stopped = False
         """Whether a stop string has come; it and everything after it are left out."""
 
