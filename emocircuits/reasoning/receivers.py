@@ -39,12 +39,19 @@ def checked(ids: Tensor | Sequence[int], bounds: Sequence[int], least: int = 2) 
     return tokens, found
 
 
-def indicators(bounds: Sequence[int], length: int, mean: bool = True) -> Tensor:
-    """[length, n] membership of tokens in steps, 1 / (tokens of the step) with `mean`; NaN for a step without tokens."""
-    columns = torch.zeros(length, len(bounds) - 1)
-    for step, (start, stop) in enumerate(zip(bounds, bounds[1:])):
-        columns[start:stop, step] = 1 / max(stop - start, 1) if mean else 1
-    return columns
+def step_means(spans: Sequence[tuple[int, int]], length: int) -> Tensor:
+    """[length, n] weights that average over the tokens of each span; all 0 for a span without tokens."""
+    weights = torch.zeros(length, len(spans))
+    for step, (start, stop) in enumerate(spans):
+        weights[max(start, 0) : max(stop, 0), step] = 1 / max(stop - start, 1)
+    return weights
+
+
+def far(n: int, min_distance: int) -> Tensor:
+    """[n, n] True where row i is at least `min_distance` steps after column j."""
+    if min_distance < 1:
+        raise InputError(f"min_distance must be at least 1, not {min_distance}: a step does not look back to itself")
+    return torch.ones(n, n, dtype=torch.bool).tril(-min_distance)
 
 
 def attention_blocks(model: Any, ids: Tensor | Sequence[int], bounds: Sequence[int]) -> Tensor:
@@ -61,7 +68,7 @@ def attention_blocks(model: Any, ids: Tensor | Sequence[int], bounds: Sequence[i
     start, stop = bounds[0], bounds[-1]
     n = len(bounds) - 1
     blocks = torch.full((anatomy.n_layers, anatomy.n_heads, n, n), torch.nan)
-    weights = indicators(bounds, stop)
+    weights = step_means(list(zip(bounds, bounds[1:])), stop)
 
     def look(call: Call) -> None:
         columns = weights.to(call.query.device)
@@ -85,15 +92,12 @@ def vertical_scores(blocks: Tensor, min_distance: int = 4, rank: bool = False, r
     their number (ties share the mean rank), which takes out that late steps have more to look at. reduce: "mean" or
     "median" over the later steps.
     """
-    if min_distance < 1:
-        raise InputError(f"min_distance must be at least 1, not {min_distance}: a step does not look back to itself")
     if reduce not in ("mean", "median"):
         raise unknown("reduction", reduce, ("mean", "median"))
-    n = blocks.shape[-1]
-    near = torch.ones(n, n, dtype=torch.bool, device=blocks.device).triu(1 - min_distance)  # i - j < min_distance
-    far = blocks.double().masked_fill(near, torch.nan)
-    far = _ranked(far) if rank else far
-    return far.nanmean(-2) if reduce == "mean" else _nanmedian(far)
+    later = far(blocks.shape[-1], min_distance).to(blocks.device)
+    rows = blocks.double().masked_fill(~later, torch.nan)
+    rows = _ranked(rows) if rank else rows
+    return rows.nanmean(-2) if reduce == "mean" else rows.nanquantile(0.5, dim=-2)
 
 
 def _ranked(rows: Tensor) -> Tensor:
@@ -104,11 +108,6 @@ def _ranked(rows: Tensor) -> Tensor:
     low = torch.searchsorted(ordered, values, right=False)
     high = torch.searchsorted(ordered, values, right=True)
     return ((low + high + 1) / 2 / valid.sum(-1, keepdim=True)).masked_fill(~valid, torch.nan)
-
-
-def _nanmedian(x: Tensor) -> Tensor:
-    """Median over the second to last dimension, the mean of the two middle values of an even number."""
-    return x.nanquantile(0.5, dim=-2)
 
 
 def kurtosis(scores: Tensor) -> Tensor:
