@@ -272,3 +272,31 @@ def _slot(keys: Tensor, values: Tensor) -> Any:
     slot.keys, slot.values = (nn.functional.pad(x, (0, 0, 0, 1)) for x in (keys, values))
     slot.is_initialized, slot.dtype, slot.device = True, keys.dtype, keys.device
     return slot
+
+
+@torch.no_grad()
+def logits_of(model: Any, hidden: Tensor) -> Tensor:
+    """[N, vocabulary] what the model's own forward makes of final hidden states [N, d_model] (after the final norm).
+
+    The decoder hands on `hidden` instead of computing, so head, scale and soft cap are the model's. Raises HookError
+    for a model without LM head.
+    """
+    module, anatomy = unwrap(model), resolve(model)
+    if anatomy.lm_head is None or not anatomy.decoder:
+        raise HookError("this model has no LM head, so there are no logits to compute")
+    given = _decoded(hidden[None])
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=next(module.parameters()).device)
+    with _forward_replaced(module.get_submodule(anatomy.decoder), lambda *_, **__: given):
+        return module(input_ids=ids).logits[0]
+
+
+def _decoded(hidden: Tensor) -> Any:
+    """A decoder's output that holds hidden states only: whatever else a model looks for in it is None."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    class Decoded(BaseModelOutputWithPast):
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("_"):
+                raise AttributeError(name)
+
+    return Decoded(last_hidden_state=hidden)  # type: ignore[arg-type]

@@ -1,0 +1,276 @@
+"""What each step needs of every earlier one: hide a step from attention and see what the later steps' tokens lose.
+
+The causal matrix of Thought Anchors (arXiv 2506.19143), with the whole vocabulary in float32 and aligned with the
+tokens that are scored. To hide a step in every layer and head is to go on from a KV cache without it: nobody reads its
+rows, and the rows before it never saw it. So one clean pass serves all sources, and a source costs the tokens after it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from .. import artefact
+from ..activations import capture
+from ..activations.attention import Call, Proceed, around_attention
+from ..activations.knockout import hide
+from ..activations.restart import logits_of
+from ..activations.rows import attention_layers
+from ..errors import HookError, InputError, unknown
+from ..models.anatomy import resolve, unwrap
+from .receivers import checked, far, step_means
+
+KIND = "suppression"
+ALIGN = ("predict", "compat")
+FLOOR = 1e-9
+"""Added to a KL before its logarithm, as published."""
+PASS_TOKENS, KEPT, LOGITS = 1024, 2**26, 2**24
+"""Tokens of a pass, numbers of hidden states that wait for their logits, and logits that exist at once."""
+
+
+@dataclass(frozen=True)
+class SuppressionMatrix:
+    """[n, n] effects [target, source] of hiding a step on later ones; NaN elsewhere, and for steps without tokens.
+
+    kl: mean over the target's tokens of D_KL(clean || hidden), nats. log_kl: mean of log(KL + 1e-9). noise: the KL of
+    a last step from which nothing was hidden, computed in the same way: effects near it mean nothing.
+    """
+
+    kl: Tensor
+    log_kl: Tensor
+    noise: float
+    bounds: tuple[int, ...]
+    temperature: float = 0.6
+    align: str = "predict"
+    first_k: int | None = None
+    layers: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.kl)
+
+    @cached_property
+    def centred(self) -> Tensor:
+        """log_kl less each target's mean over its sources, as published.
+
+        Only the order of sources within a target has a meaning; a target with one source is 0 by construction.
+        """
+        return self.log_kl - self.log_kl.nanmean(1, keepdim=True)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file with a JSON header; atomic."""
+        valid = ~self.kl.isnan()
+        tensors = {"kl": self.kl.nan_to_num(), "log_kl": self.log_kl.nan_to_num(), "valid": valid}
+        fields = ("noise", "bounds", "temperature", "align", "first_k", "layers")
+        return artefact.save(path, KIND, tensors, {name: getattr(self, name) for name in fields})
+
+    @classmethod
+    def load(cls, path: str | Path) -> SuppressionMatrix:
+        """Read a saved matrix; raises ArtefactError for a damaged file or another kind of artefact."""
+        tensors, h = artefact.load(path, KIND)
+        kl, log_kl = (tensors[name].masked_fill(~tensors["valid"], torch.nan) for name in ("kl", "log_kl"))
+        layers = None if h["layers"] is None else tuple(h["layers"])
+        return cls(kl, log_kl, h["noise"], tuple(h["bounds"]), h["temperature"], h["align"], h["first_k"], layers)
+
+
+def outgoing(matrix: Tensor, min_distance: int = 4) -> Tensor:
+    """[n] mean effect of each source on the targets at least `min_distance` later; NaN where there is none."""
+    return matrix.masked_fill(~far(len(matrix), min_distance).to(matrix.device), torch.nan).nanmean(0)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The keys start..stop-1 are hidden (none: a control), and rows from `first` on can differ from the clean pass."""
+
+    step: int | None
+    start: int
+    stop: int
+    first: int
+
+
+@torch.no_grad()
+def suppression_matrix(
+    model: Any,
+    ids: Tensor | Sequence[int],
+    bounds: Sequence[int],
+    *,
+    batch: int | None = None,
+    temperature: float = 0.6,
+    align: str = "predict",
+    first_k: int | None = None,
+    layers: int | str | Iterable[int] | None = None,
+    progress: Progress | None = None,
+) -> SuppressionMatrix:
+    """Hide each step's keys from every query and measure the KL of all later tokens, with the text teacher-forced.
+
+    ids: [T] or [1, T]; bounds: n + 1 token positions (`Steps.token_bounds`); positions are not renumbered. batch:
+    sources in one pass (default: as many as keep it near 1,024 tokens). align: "predict" scores the distributions that
+    predict a step's tokens, at start-1..stop-2; "compat" those at start..stop-1, as published. first_k: score the first
+    k tokens of a step only. layers: hide in these only (default: all). Raises InputError for bounds that do not fit,
+    HookError for a model without an LM head, or with a layer without softmax attention.
+    """
+    tokens, bounds = checked(ids, bounds)
+    _check(align, temperature, batch=batch, first_k=first_k)
+    clean = _Clean(model, tokens[:, : bounds[-1]], layers)
+    shift = int(align == "predict")
+    sources, length, width = _sources(bounds, shift, clean.everywhere), *clean.hidden.shape
+    task = progress.add_task("hiding each step", total=len(sources)) if progress else None
+
+    def one_pass(part: list[_Source]) -> bool:
+        return len(part) <= batch if batch else len(part) * (length - part[0].first) <= PASS_TOKENS
+
+    rows = []
+    for group in _split(sources, lambda part: sum(length - s.first for s in part) * width <= KEPT):
+        states: list[Tensor] = []
+        for part in _split(group, one_pass):
+            states += clean.without(part)
+            if progress is not None and task is not None:
+                progress.advance(task, len(part))
+        rows.append(token_kl(model, clean.hidden, states, temperature).cpu())
+    kl, log_kl, noise = _by_step(torch.cat(rows), sources, bounds, shift, first_k)
+    hidden_in = None if clean.everywhere else tuple(clean.layers)
+    return SuppressionMatrix(kl, log_kl, noise, bounds, temperature, align, first_k, hidden_in)
+
+
+def _check(align: str, temperature: float, **counts: int | None) -> None:
+    if align not in ALIGN:
+        raise unknown("alignment", align, ALIGN)
+    if not temperature > 0:
+        raise InputError(f"the temperature must be above 0, not {temperature:g}: at 0 there is no distribution")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+
+
+def _sources(bounds: Sequence[int], shift: int, everywhere: bool) -> list[_Source]:
+    """Every step with tokens and a later one, in order, then the control, which hides nothing from the last step."""
+    full = [i for i, (start, stop) in enumerate(zip(bounds, bounds[1:])) if start < stop]
+    if len(full) < 2:
+        raise InputError(
+            f"{len(full)} step(s) have tokens of their own; at least 2 are needed for one to affect another"
+        )
+    made = [_Source(i, *bounds[i : i + 2], bounds[i + 1] - shift if everywhere else bounds[i]) for i in full[:-1]]
+    last = bounds[full[-1]]
+    return [*made, _Source(None, last, last, last - shift)]
+
+
+def _split(items: Sequence[_Source], fits: Callable[[list[_Source]], bool]) -> Iterator[list[_Source]]:
+    """Runs of items, each as long as it fits (or one item)."""
+    part: list[_Source] = []
+    for item in items:
+        if part and not fits([*part, item]):
+            yield part
+            part = []
+        part.append(item)
+    yield part
+
+
+class _Clean:
+    """One pass over the text [1, T] as it is: final hidden states [T, d], and keys, values and mask of every layer."""
+
+    def __init__(self, model: Any, ids: Tensor, layers: int | str | Iterable[int] | None) -> None:
+        self.module, self.anatomy, self.ids = unwrap(model), resolve(model), ids
+        everything = attention_layers(self.module, range(self.anatomy.n_layers))
+        self.layers = attention_layers(self.module, layers)
+        self.everywhere = len(self.layers) == len(everything)
+        if self.anatomy.lm_head is None:
+            raise HookError("this model has no LM head, so it gives no distribution over tokens to compare")
+        self.takes_positions = "position_ids" in inspect.signature(type(self.module).forward).parameters
+        self.calls: dict[int, Call] = {}
+        self.hidden = self._run(self._keep, ids)[0]
+
+    def _keep(self, call: Call, proceed: Proceed) -> Any:
+        self.calls[call.layer] = replace(call, query=call.query[:, :, :0])
+        return proceed(call)
+
+    def _run(self, handler: Callable[[Call, Proceed], Any], ids: Tensor, **more: Tensor) -> Tensor:
+        """Final hidden states [B, T, d] with the handler around every attention; the LM head does not run."""
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **more}
+        with around_attention(self.module, self.anatomy, dict.fromkeys(range(self.anatomy.n_layers), handler)):
+            return capture(self.module, inputs, "final_norm", positions="all")["final_norm", 0]
+
+    def without(self, sources: Sequence[_Source]) -> list[Tensor]:
+        """[T - first, d] final hidden states of each source, from one pass over the tokens after the earliest."""
+        length = self.ids.shape[1]
+        start = min(s.first for s in sources) if self.takes_positions else 0
+        columns = torch.arange(length)
+        hidden = torch.stack([(columns >= s.start) & (columns < s.stop) for s in sources])[:, None, None]
+        masks: dict[Any, Tensor | None] = {}
+
+        def handler(call: Call, proceed: Proceed) -> Any:
+            clean = self.calls[call.layer]
+            key, value = (
+                torch.cat([old[:, :, :start].expand(len(sources), -1, -1, -1), new], dim=2)
+                for old, new in ((clean.key, call.key), (clean.value, call.value))
+            )
+            mask = None if clean.mask is None else clean.mask[..., start:, :length]
+            whole = replace(call, key=key, value=value, mask=mask)
+            name = (id(clean.mask), call.layer in self.layers, key.device)
+            if name not in masks:  # layers of a kind share one
+                masks[name] = hide(whole, hidden.to(key.device) & name[1]).mask
+            return proceed(replace(whole, mask=masks[name]))
+
+        rows = self.ids[:, start:].expand(len(sources), -1)
+        positions = {"position_ids": columns[start:].expand(len(sources), -1)} if self.takes_positions else {}
+        states = self._run(handler, rows, **positions)
+        return [x[s.first - start :] for x, s in zip(states, sources)]
+
+
+def token_kl(model: nn.Module, clean: Tensor, moved: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+    """[len(moved), T] D_KL(clean || moved) in nats of the next-token distributions; NaN before a row's first token.
+
+    clean: final hidden states [T, d]; moved: those of the last tokens under some change, [up to T, d] each. The clean
+    distributions are computed once for all rows, a few positions at a time.
+    """
+    length = len(clean)
+    out = torch.full((len(moved), length), torch.nan, device=clean.device)
+    size = max(1, LOGITS // resolve(model).vocab_size)
+    for start in range(min(length - len(x) for x in moved), length, size):
+        stop = min(start + size, length)
+        log_p = _log_probabilities(model, clean[start:stop], temperature)
+        p = log_p.exp()
+        for row, x in enumerate(moved):
+            begin = max(start, length - len(x))
+            if begin < stop:
+                log_q = _log_probabilities(model, x[begin - length : stop - length or None], temperature)
+                part = slice(begin - start, None)
+                out[row, begin:stop] = _kl(p[part], log_p[part], log_q)
+    return out
+
+
+def _log_probabilities(model: nn.Module, hidden: Tensor, temperature: float) -> Tensor:
+    """[N, V] float32; below e^-80, which no sum can notice, all are e^-80, so that ratios stay finite."""
+    return (logits_of(model, hidden).float() / temperature).log_softmax(-1).clamp_min_(-80)
+
+
+def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """[N] sum of p (e^d - 1 - d), d = log q - log p, which is the KL since p and q both sum to 1.
+
+    No term is negative, so nothing cancels: effects far below float32's 1e-7 are still numbers, not noise.
+    """
+    d = log_q.sub_(log_p)
+    return torch.linalg.vecdot(p, d.expm1().sub_(d))
+
+
+def _by_step(
+    values: Tensor, sources: Sequence[_Source], bounds: Sequence[int], shift: int, first_k: int | None
+) -> tuple[Tensor, Tensor, float]:
+    """([n, n] mean KL, [n, n] mean log KL, the control's mean KL) from KLs [sources, T] of tokens."""
+    n, values = len(bounds) - 1, values.double()
+    ends = [stop if first_k is None else min(stop, start + first_k) for start, stop in zip(bounds, bounds[1:])]
+    spans = [(start - shift, end - shift) for start, end in zip(bounds, ends)]
+    weights = step_means(spans, values.shape[1]).double()
+    filled = [i for i in range(n) if bounds[i] < bounds[i + 1]]
+    kl, log_kl = (torch.full((n, n), torch.nan) for _ in range(2))
+    means = [(v.nan_to_num() @ weights).float() for v in (values, (values + FLOOR).log())]
+    for row, source in enumerate(sources[:-1]):
+        targets = [i for i in filled if source.step is not None and i > source.step]
+        kl[targets, source.step], log_kl[targets, source.step] = (m[row, targets] for m in means)
+    return kl, log_kl, float(means[0][-1, filled[-1]])
