@@ -1,4 +1,4 @@
-"""Scenarios, emotion label sets and file loaders; each is imported only when it is first used."""
+"""Scenarios, reasoning problems, emotion label sets and file loaders; each is imported only when it is first used."""
 
 from __future__ import annotations
 
@@ -16,20 +16,26 @@ if TYPE_CHECKING:
         map_probabilities,
     )
     from emocircuits.data.loaders import LabelledText, load_prompts, load_texts
+    from emocircuits.data.problems import ANSWER_STEM, ANSWER_TEXTS, Problem, few_shot_prompt, load_problems
     from emocircuits.data.scenarios import Group, Scenario, ScenarioSet, discovery, heldout, load_sev
 
 __all__ = [
+    "ANSWER_STEM",
+    "ANSWER_TEXTS",
     "EKMAN6",
     "GOEMOTIONS27",
     "PLUTCHIK8",
     "VALENCE_AROUSAL",
     "Group",
     "LabelledText",
+    "Problem",
     "Scenario",
     "ScenarioSet",
     "discovery",
+    "few_shot_prompt",
     "heldout",
     "label_set",
+    "load_problems",
     "load_prompts",
     "load_sev",
     "load_texts",
@@ -39,6 +45,7 @@ __all__ = [
 
 _HOMES = {
     "loaders": ("LabelledText", "load_prompts", "load_texts"),
+    "problems": ("ANSWER_STEM", "ANSWER_TEXTS", "Problem", "few_shot_prompt", "load_problems"),
     "scenarios": ("Group", "Scenario", "ScenarioSet", "discovery", "heldout", "load_sev"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
