@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from rich.progress import Progress
 
@@ -20,22 +20,6 @@ FLUSH_ROLLOUTS, FLUSH_SECONDS = 16, 2.0
 """How much may be lost when a process is killed."""
 
 Splitter = Callable[[str], Steps]
-
-
-class Answers(Protocol):
-    """How answers are found in continuations. With `labels` and a `stem` instead, they are scored by likelihood."""
-
-    def extract(self, text: str) -> str | None:
-        """The answer in a continuation, normalised; None where there is none."""
-        ...
-
-    def finished(self, text: str) -> bool:
-        """Whether the answer is complete, so that sampling may stop."""
-        ...
-
-    def correct(self, answer: str | None, truth: str | None) -> bool | None:
-        """Whether an answer is right; None where that cannot be said."""
-        ...
 
 
 @dataclass(eq=False)
@@ -136,7 +120,8 @@ class Source:
         chances = None
         if self.scored:
             text = self._prefix(done.boundary) + done.text + self.answers.stem
-            chances = self.engine.likelihoods(text, self.answers.labels, keep=self.forced)
+            found = self.engine.likelihoods(text, self.answers.texts, keep=self.forced)
+            chances = dict(zip(self.answers.labels, found.values()))
             answer = max(chances, key=lambda label: chances[label])
         else:
             answer = self.answers.extract(self.stem + done.text)
@@ -161,4 +146,4 @@ class Source:
 
 def is_scored(answers: Any) -> bool:
     """Whether answers are scored by the likelihood of their labels instead of drawn."""
-    return bool(getattr(answers, "labels", None))
+    return bool(getattr(answers, "scored", False))
