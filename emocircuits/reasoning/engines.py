@@ -107,27 +107,36 @@ class Engine(Protocol):
 def draw(logits: Tensor, uniforms: Sequence[float], sampling: Sampling) -> list[int]:
     """A token per row of logits [B, vocabulary] for uniform numbers [B] in [0, 1): the inverse of the row's own CDF.
 
-    Tokens are ordered from the most likely one down, cut to top_k, then to the fewest that hold top_p of what is left
-    (Holtzman et al. 2020, arXiv 1904.09751).
+    Of the top_k most likely tokens, the fewest that hold top_p of their mass are kept (Holtzman et al. 2020, arXiv
+    1904.09751), in the order of their ids.
     """
     if sampling.temperature == 0:
         return logits.argmax(-1).tolist()
-    scaled = logits.float() / sampling.temperature
+    chances, tokens = _nucleus(logits.float() / sampling.temperature, sampling.top_p, sampling.top_k)
+    cumulative = chances.cumsum(-1)
+    total, wanted = cumulative[:, -1:].contiguous(), torch.tensor(uniforms, dtype=torch.float64)[:, None]
+    place = torch.searchsorted(cumulative, wanted * total, right=True)
+    last = torch.searchsorted(cumulative, total)  # of those kept, should rounding lead beyond it
+    return tokens.gather(-1, place.minimum(last))[:, 0].tolist()
+
+
+def _nucleus(scaled: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """Chances (float64, not normalised, 0 for what is cut off) and ids of tokens [B, n] by ascending id, on the CPU.
+
+    By id and not by rank: two tokens that are as good as equally likely must not change places with float noise.
+    """
     size = scaled.shape[-1]
-    most = min(sampling.top_k or size, size)
+    most = min(top_k or size, size)
+    if most == size and top_p >= 1:
+        return scaled.softmax(-1).cpu().double(), torch.arange(size).expand(len(scaled), -1)
     values, tokens = scaled.topk(min(most, WIDE))
     total = (scaled if most == size else scaled.topk(most).values).logsumexp(-1, keepdim=True)
-    mass = (values - total).exp().sum(-1)
-    if values.shape[-1] < most and bool((mass < sampling.top_p).any()):
+    if values.shape[-1] < most and bool(((values - total).exp().sum(-1) < top_p).any()):
         values, tokens = scaled.topk(most)
     chances = (values - total).exp().cpu().double()
-    below = chances.cumsum(-1) - chances
-    kept = chances * (below < sampling.top_p)  # the first token always
-    cumulative = kept.cumsum(-1)
-    wanted = torch.tensor(uniforms, dtype=torch.float64)[:, None] * cumulative[:, -1:]
-    place = torch.searchsorted(cumulative, wanted, right=True)
-    place = place.minimum((kept > 0).sum(-1, keepdim=True) - 1)
-    return tokens.cpu().gather(-1, place)[:, 0].tolist()
+    kept = chances * (chances.cumsum(-1) - chances < top_p)  # the first token always
+    tokens, order = tokens[:, : int((kept > 0).sum(-1).max())].cpu().sort(-1)
+    return kept.gather(-1, order), tokens
 
 
 @dataclass(eq=False)
