@@ -55,10 +55,9 @@ class Problem:
         """The whole chain of thought; its last sentence names the answer."""
         return " ".join(self.sentences)
 
-    @property
-    def reasoning(self) -> str:
-        """The chain of thought without its last sentence, so that the answer is still to be drawn."""
-        return " ".join(self.sentences[:-1])
+    def without(self, *labels: str) -> str:
+        """The chain of thought without its sentences of these labels, such as "conclusion" or "alternative"."""
+        return " ".join(text for text, label in zip(self.sentences, self.labels) if label not in labels)
 
     @property
     def question(self) -> str:
@@ -135,7 +134,8 @@ def _parse(row: dict[str, Any], where: str) -> Problem:
         raise InputError(f"{where}: {', '.join(missing)} missing; a problem needs them")
     if extra := sorted(row.keys() - known):
         raise InputError(f"{where}: {unknown('field', extra[0], sorted(known))}")
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
     try:
-        return Problem(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+        return Problem(**values)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
