@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..artefact import read_jsonl
 from ..errors import InputError, unknown
 from .emotions import EKMAN6
+from .loaders import read_rows
 
 SPLITS = ("test", "shot")
 ANSWER_STEM = "\nAnswer:"
@@ -55,10 +55,9 @@ class Problem:
         """The whole chain of thought; its last sentence names the answer."""
         return " ".join(self.sentences)
 
-    @property
-    def reasoning(self) -> str:
-        """The chain of thought without its last sentence, so that the answer is still to be drawn."""
-        return " ".join(self.sentences[:-1])
+    def without(self, *labels: str) -> str:
+        """The chain of thought without its sentences of these labels, such as "conclusion" or "alternative"."""
+        return " ".join(text for text, label in zip(self.sentences, self.labels) if label not in labels)
 
     @property
     def question(self) -> str:
@@ -99,8 +98,8 @@ def load_problems(split: str | None = "test", path: str | Path | None = None) ->
     """
     if split not in (*SPLITS, None):
         raise unknown("split", split, SPLITS)
-    rows = read_jsonl(Path(__file__).with_name("problems.jsonl") if path is None else path)
-    problems = tuple(_parse(row, number) for number, row in enumerate(rows, start=1))
+    file = Path(__file__).with_name("problems.jsonl") if path is None else Path(path).expanduser()
+    problems = tuple(_parse(row, f"{file}, line {line}") for line, row in read_rows(file))
     ids = [problem.id for problem in problems]
     if twice := next((i for i in ids if ids.count(i) > 1), None):
         raise InputError(f"problem id {twice!r} is there twice; ids are unique")
@@ -127,12 +126,16 @@ def _asked(problem: Problem) -> str:
     return f"Situation: {problem.situation}\nQuestion: {problem.question}"
 
 
-def _parse(row: dict[str, Any], number: int) -> Problem:
-    """A row of a problem file; InputError names keys that are missing or not known."""
+def _parse(row: dict[str, Any], where: str) -> Problem:
+    """A row of a problem file; InputError names the keys that are missing or not known."""
     known = {f.name for f in fields(Problem)}
     needed = {f.name for f in fields(Problem) if f.default is MISSING}
     if missing := sorted(needed - row.keys()):
-        raise InputError(f"problem file, row {number}: {', '.join(missing)} missing")
+        raise InputError(f"{where}: {', '.join(missing)} missing; a problem needs them")
     if extra := sorted(row.keys() - known):
-        raise InputError(f"problem file, row {number}: {unknown('field', extra[0], sorted(known))}")
-    return Problem(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+        raise InputError(f"{where}: {unknown('field', extra[0], sorted(known))}")
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+    try:
+        return Problem(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
