@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     _steer_parser(verbs)
     _evaluate_parser(verbs)
     _balance_parser(verbs)
+    _anchors_parser(verbs)
     _exchange_parsers(verbs)
     _card_parser(verbs)
     _serve_parser(verbs)
@@ -143,6 +144,29 @@ def _balance_parser(verbs: argparse._SubParsersAction) -> None:
     balance.add_argument("--out", type=Path, default=Path("runs/balance"), help="run folder")
     balance.add_argument("--seed", type=int, default=0)
     balance.set_defaults(run=commands.run_balance)
+
+
+def _anchors_parser(verbs: argparse._SubParsersAction) -> None:
+    anchors = _verb(
+        verbs,
+        "anchors",
+        "find the steps of a model's reasoning that carry its answer",
+        "emocircuits anchors --model demo --problems 12 --out runs/anchors",
+    )
+    _run_arguments(anchors, "runs/anchors", "an interrupted run resumes")
+    anchors.add_argument("--problems", type=int, metavar="N", help="so many of our emotional problems (default: all)")
+    anchors.add_argument("--source", default="model", help="whose reasoning on them: model (sampled) or written (ours)")
+    anchors.add_argument(
+        "--traces", type=Path, help="JSONL of your own instead: prompt, completion and, if known, truth and id"
+    )
+    anchors.add_argument("--answers", default="boxed", help="in --traces: boxed, labels:anger,fear or regex:PATTERN")
+    anchors.add_argument("--directions", type=Path, help="emotion directions (default: fitted for our problems)")
+    anchors.add_argument(
+        "--layer", type=int, help="where steps are read and pushed (default: chosen on left-out themes)"
+    )
+    anchors.add_argument("--rollouts", type=int, default=12, help="at each boundary between steps; 0: white box only")
+    anchors.add_argument("--max-new-tokens", type=int, default=96)
+    anchors.set_defaults(run=commands.run_anchors)
 
 
 def _evaluate_parser(verbs: argparse._SubParsersAction) -> None:

@@ -163,6 +163,13 @@ def run_balance(args: argparse.Namespace) -> None:
     _say(f"report: {report}")
 
 
+def run_anchors(args: argparse.Namespace) -> None:
+    """`emocircuits anchors`"""
+    from .reasoning.command import anchors
+
+    _say(f"report: {anchors(args)}")
+
+
 def run_card(args: argparse.Namespace) -> None:
     """`emocircuits card`"""
     from dataclasses import replace

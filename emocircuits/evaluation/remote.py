@@ -78,7 +78,7 @@ class OpenAIJudge:
 
     def _choice(self, text: str) -> str | None:
         """The label chosen for one text, or None where the answer holds none."""
-        choice = parse_choice(_content(self._server.post("/chat/completions", self._request(text))), self.labels)
+        choice = parse_choice(content(self._server.post("/chat/completions", self._request(text))), self.labels)
         with self._lock:
             self._asked += 1
             self._unparseable += choice is None
@@ -106,8 +106,9 @@ def parse_choice(answer: str, labels: Sequence[str]) -> str | None:
     return None
 
 
-def _content(answer: Any) -> str:
+def content(answer: Any) -> str:
+    """The text of a chat completion; raises InputError where the answer is no chat completion."""
     try:
         return answer["choices"][0]["message"]["content"] or ""
     except (KeyError, IndexError, TypeError) as error:
-        raise InputError("the judge's endpoint sent no choices[0].message.content; use a chat endpoint") from error
+        raise InputError("the endpoint sent no choices[0].message.content; use a chat endpoint") from error

@@ -22,7 +22,8 @@ from ..data.loaders import read_rows
 from ..errors import InputError
 from ..evaluation.embeddings import SentenceEncoder, cached, hash_texts
 from ..evaluation.label_likelihood import softmax
-from ..evaluation.remote import OpenAIJudge, _content
+from ..evaluation.remote import content
+from ..posting import Server
 from .label_tables import Agreement, CategoryRow, agreement, category_table, from_table, to_table, whole
 from .taxonomies import APPRAISAL, BASE_MODELS, THOUGHT_ANCHORS, VENHOFF, Tag, Taxonomy
 from .traces import Trace
@@ -90,8 +91,8 @@ class ChatLabeller:
     """Labels and dependencies from a chat model at an OpenAI-compatible `base_url`: one call per trace, temperature 0.
 
     A sentence that the answer leaves out, or gives a function outside the taxonomy, gets the label None and shows in
-    `unlabelled_rate`. `options` go to `OpenAIJudge`, which does the posting: api_key, retries, timeout_s, ... Raises
-    InputError as it does when the server keeps failing or does not speak the protocol.
+    `unlabelled_rate`. `options` go to `posting.Server`: api_key, retries, timeout_s, ... Raises InputError as it does
+    when the server keeps failing or does not speak the protocol.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class ChatLabeller:
         **options: Any,
     ) -> None:
         self.name, self.taxonomy = f"chat:{model}", taxonomy
-        self._endpoint = OpenAIJudge(base_url, model, **{"timeout_s": 300.0, **options})
+        self._server = Server("the labeller", base_url, **{"timeout_s": 300.0, **options})
         self._body = {"model": model, "temperature": 0, **({} if max_tokens is None else {"max_tokens": max_tokens})}
         self._asked = self._unlabelled = 0
 
@@ -116,7 +117,7 @@ class ChatLabeller:
     def label(self, trace: Trace) -> Trace:
         """The trace with the model's labels and dependencies."""
         message = {"role": "user", "content": self._prompt(trace)}
-        answer = _content(self._endpoint._post({**self._body, "messages": [message]}))
+        answer = content(self._server.post("/chat/completions", {**self._body, "messages": [message]}))
         labels, links = parse_labels(answer, len(trace), self.taxonomy)
         self._asked += len(labels)
         self._unlabelled += labels.count(None)

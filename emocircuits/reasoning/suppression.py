@@ -156,7 +156,7 @@ def _sources(bounds: Sequence[int], shift: int, everywhere: bool) -> list[_Sourc
         raise InputError(
             f"{len(full)} step(s) have tokens of their own; at least 2 are needed for one to affect another"
         )
-    made = [_Source(i, *bounds[i : i + 2], bounds[i + 1] - shift if everywhere else bounds[i]) for i in full[:-1]]
+    made = [_Source(i, bounds[i], bounds[i + 1], bounds[i + 1] - shift if everywhere else bounds[i]) for i in full[:-1]]
     last = bounds[full[-1]]
     return [*made, _Source(None, last, last, last - shift)]
 
