@@ -141,3 +141,50 @@ def verdict(row: Mapping[str, Any]) -> str:
     if row.get("emotion") is not None:
         said.insert(0, "coherent expression" if row.get("coherent") else "no coherent expression")
     return f"{'; '.join(said)}; perplexity {num(row.get('perplexity'), '.1f')}"
+
+
+# ------------------------------------------------------------------------------------------------ directions
+
+
+def test_rows(quality: Mapping[str, Any]) -> list[Row]:
+    """Every test of every direction set at its chosen layer."""
+    return [
+        {
+            "read at": str(found["name"]), "test": str(test.get("name")), "what": str(test.get("what", "")),
+            "layer": str(found.get("best_layer")), "accuracy": rate(sections.as_interval(row), ".2f"),
+            "AUROC": num(row.get("auroc")),
+            **{f"recall, {e}": num((row.get("recall") or {}).get(e)) for e in quality["emotions"]},
+        }
+        for found in quality["sets"]
+        for test in found.get("tests") or []
+        for row in [sections.row_at(test, found.get("best_layer"))]
+    ]  # fmt: skip
+
+
+def fit_rows(quality: Mapping[str, Any]) -> list[Row]:
+    """Ways to fit the directions, each at the layer its training themes chose."""
+    readout = (quality.get("readout") or {}).get("method")
+    return [
+        {"method": f"{f.get('method')}{' (the read-out)' if f.get('method') == readout else ''}",
+         "layer": str(f.get("layer")), "left-out training themes": num(f.get("across_themes")),
+         "held-out themes": rate(sections.as_interval(f), ".2f"), "AUROC": num(f.get("auroc"))}
+        for f in quality.get("fits") or []
+    ]  # fmt: skip
+
+
+def confound_rows(quality: Mapping[str, Any]) -> list[Row]:
+    """What else could explain the directions, measured."""
+    return [
+        {"confound": str(f.get("name")), "value": num(f.get("value"), ".3g"),
+         "what is measured": str(f.get("what", "")), "reading": str(f.get("note", ""))}
+        for f in quality.get("confounds") or []
+    ]  # fmt: skip
+
+
+def axes(embedding: Mapping[str, Any]) -> tuple[str, str]:
+    """Names of the two principal components, with the variance they explain."""
+    found = [number(v) for v in (embedding.get("variance") or [])[:2]] + [None, None]
+    first, second = (
+        f"PC {i + 1}" + ("" if v is None else f" ({v:.0%} of the variance)") for i, v in enumerate(found[:2])
+    )
+    return first, second

@@ -64,6 +64,11 @@ class DirectionSet:
         """Unit directions [E, n_layers, width]."""
         return torch.nn.functional.normalize(self.vectors, dim=-1)
 
+    def cosines(self, layer: int) -> Tensor:
+        """Cosines [E, E] between the emotions' directions at one layer."""
+        units = self.units[:, self.slots(layer)[0]]
+        return units @ units.T
+
     def scores(self, features: Features, centred: bool = True) -> Tensor:
         """Projections [N, n_layers, E] of readings on the unit directions, in units of the residual norm.
 
