@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,23 @@ def notices(data: RunData) -> list[str]:
 
 
 def how_to_finish(data: RunData) -> str:
-    """The command that resumes a run, as text."""
+    """The command that resumes a run (or makes the one a circuit folder belongs to), as text."""
+    from emocircuits.demo import Plan
+
     settings = data.manifest.get("settings") or {}
-    model = str((settings.get("demo") or settings).get("model", "demo"))
-    option = "" if model == "demo" else f" --model {shlex.quote(model)}"
-    return f"emocircuits demo --out {shlex.quote(str(data.path))}{option}"
+    settings = settings.get("demo") or settings
+    model, seed = str(settings.get("model", "demo")), settings.get("seed") or 0
+    small = json.loads(json.dumps(asdict(Plan.small(model))))
+    words = ["emocircuits", "demo", "--out", str(data.path)]
+    words += ["--model", model] if model != "demo" else []
+    words += ["--seed", str(seed)] if seed else []
+    words += ["--small"] if settings == {**small, "seed": seed} else []
+    return shlex.join(words)
+
+
+def how_to_circuits(data: RunData) -> str:
+    """The command that adds the full circuit study to a run, as text."""
+    return how_to_finish(data).replace("emocircuits demo", "emocircuits circuit --full", 1).removesuffix(" --small")
 
 
 def circuit_folder(data: RunData) -> Path:

@@ -174,6 +174,13 @@ class DirectionSet:
         )
 
 
+def agreement(a: DirectionSet, b: DirectionSet) -> Tensor:
+    """Cosine [E, n_layers] of two sets' directions; raises InputError for sets of other emotions, layers or widths."""
+    if (a.emotions, a.layers, a.vectors.shape) != (b.emotions, b.layers, b.vectors.shape):
+        raise InputError("these directions are for other emotions, layers or widths, so they have no cosines")
+    return (a.units * b.units).sum(-1)
+
+
 def centre(features: Features) -> Tensor:
     """Readings minus the mean of their group, [N, n_layers, width]; every label weighs the same within a group."""
     _, index = np.unique(np.asarray(features.groups), return_inverse=True)

@@ -22,6 +22,7 @@ from .serving.text import TextStream
 from .steering import Steerer
 
 UNITS = ("heads", "neurons")
+Prompt = str | Sequence[dict[str, str]]
 MAX_TOKENS = 1024
 """The longest text that is read: the logits of all its tokens are held at once."""
 
@@ -32,14 +33,14 @@ MAX_TOKENS = 1024
 def write(
     model: Any,
     tokenizer: Any,
-    prompt: str,
+    prompt: Prompt,
     steerers: Sequence[Steerer | None],
     on_text: Callable[[int, str], None] = lambda _row, _text: None,
     *,
     decoding: Decoding | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Continue one prompt under each steerer at once (None: unsteered); returns the new texts.
+    """Continue a prompt (text or chat messages) under each steerer at once (None: unsteered); returns the new texts.
 
     on_text(row, text so far) is called as tokens come, in the calling thread: what it raises stops the writing, and the
     model is clean again. All rows draw from the same random numbers, so that equal steerers write equal texts. Raises
@@ -48,7 +49,7 @@ def write(
     if not steerers:
         raise InputError("there is nothing to write: give at least one steerer, or None for an unsteered text")
     decoding = decoding or Decoding()
-    ids = encode_prompt(tokenizer, prompt) if prompt.strip() else []
+    ids = encode_prompt(tokenizer, prompt) if not isinstance(prompt, str) or prompt.strip() else []
     _check_room(model, [ids], decoding.max_new_tokens)
     rows = list(steerers)
     streamer = _Streamer(tokenizer, len(rows), end_tokens(unwrap(model)), on_text)
@@ -115,7 +116,7 @@ class Along:
 
 
 @torch.no_grad()
-def along(model: Any, tokenizer: Any, directions: DirectionSet, text: str, prompt: str = "") -> Along:
+def along(model: Any, tokenizer: Any, directions: DirectionSet, text: str, prompt: Prompt = "") -> Along:
     """Read a text after a prompt token by token, in one pass of the model as it is.
 
     Raises InputError for an empty text or one of more than `MAX_TOKENS` tokens.
@@ -203,10 +204,12 @@ def contexts(
 
     kind "neurons": the activation at mlp_post. "heads": what the head adds along `direction` [d_model] (as given, so
     divide it by the residual norm). Each row's first token is left out: its residual is not like the others'. Raises
-    InputError for a unit that does not exist, texts without tokens, or a head without a direction.
+    InputError for a unit that does not exist, texts without tokens, or a head without a direction. Texts are cut at the
+    model's context.
     """
     value_of = _unit_value(model, kind, layer, unit, direction)
-    rows = [encode_prompt(tokenizer, text)[:MAX_TOKENS] for text in dict.fromkeys(texts)]
+    longest = min(MAX_TOKENS, context_length(model) or MAX_TOKENS)
+    rows = [encode_prompt(tokenizer, text)[:longest] for text in dict.fromkeys(texts)]
     rows = [ids for ids in rows if len(ids) > 1]
     if not rows:
         raise InputError("there are no texts in which to look; give some of at least two tokens")

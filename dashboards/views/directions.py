@@ -6,14 +6,13 @@ from typing import Any
 
 import streamlit as st
 
-from dashboards import findings, livemodel
+from dashboards import findings, folders, livemodel
 from dashboards.shell import choose, draw, lacking, level, missing, page, table
 from emocircuits import live_plots, plots
 from emocircuits.report import RunData
 
 VIEWS = ("Read a text", "Quality", "Geometry", "Words")
 EXAMPLE = "They lied to me again, right to my face. Then my sister called: the test was clear, she is well!"
-COMMAND = "emocircuits demo --out {}"
 
 
 def show(data: RunData) -> None:
@@ -74,7 +73,7 @@ def _read(data: RunData) -> None:
 
 def _best_layer(data: RunData, made: Any) -> int:
     found = ((data.quality or {}).get("sets") or [{}])[0].get("best_layer")
-    return int(found) if found in made.layers else made.layers[len(made.layers) // 2]
+    return found if isinstance(found, int) and found in made.layers else made.layers[len(made.layers) // 2]
 
 
 def _directions(data: RunData) -> Any:
@@ -83,7 +82,7 @@ def _directions(data: RunData) -> Any:
     if made is None:
         missing("The directions themselves are not in this folder",
                 f"Reading a text needs {livemodel.DIRECTIONS}, which a whole run holds.",
-                COMMAND.format("runs/demo"))  # fmt: skip
+                folders.how_to_finish(data))  # fmt: skip
     return made
 
 
