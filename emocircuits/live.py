@@ -213,12 +213,13 @@ def contexts(
     rows = [ids for ids in rows if len(ids) > 1]
     if not rows:
         raise InputError("there are no texts in which to look; give some of at least two tokens")
-    found: list[Context] = []
+    found: dict[tuple[str, ...], Context] = {}  # many texts begin with the same prompt: show what it did there once
     for index in batches(len(rows), [len(r) for r in rows], 16):
         ids, mask = pad([rows[i] for i in index], "right", 0)
         for row, values in zip(index, value_of({"input_ids": ids, "attention_mask": mask})):
-            found.append(_around(tokenizer, rows[row], values[: len(rows[row])].tolist(), width))
-    return sorted(found, key=lambda c: -c.value)[:top]
+            context = _around(tokenizer, rows[row], values[: len(rows[row])].tolist(), width)
+            found.setdefault(context.pieces[: context.peak + 1], context)
+    return sorted(found.values(), key=lambda c: -c.value)[:top]
 
 
 def _around(tokenizer: Any, ids: Sequence[int], values: list[float], width: int) -> Context:

@@ -75,6 +75,22 @@ def write_usable_run(path: Path) -> Path:
     return path
 
 
+def write_balance(path: Path) -> Path:
+    """A run of `emocircuits balance` with synthetic numbers."""
+    names, modes = ("audio", "image"), ("mean", "knockout", "gradient")
+    effect = {"audio": interval(0.8), "image": interval(0.3)}
+    found = {
+        "n_rows": 6, "modalities": list(names), "answers": ["anger", "fear"], "effects": dict.fromkeys(modes, effect),
+        "differences": {m: {"image": interval(0.5)} for m in modes}, "changed": dict.fromkeys(modes[:2], effect),
+        "mass": {n: [[0.2, None], [0.4, 0.1]] for n in names}, "mass_mean": dict.fromkeys(names, 0.3),
+        "agreement": {"attention vs knockout": 0.3, "mean vs gradient": None}, "text_reliance": 0.25,
+    }  # fmt: skip
+    settings = {"model": {"name": "synthetic/mllm"}, "batches": ["batch.safetensors"], "answers": {}, "seed": 0}
+    write_json_atomic(path / "manifest.json", {"kind": "run", "settings": settings, "stages": {}})
+    write_json_atomic(path / "balance.json", found)
+    return path
+
+
 def letters() -> Any:
     """A real fast tokenizer of the zoo's vocabulary: letters, a few signs, and a BOS."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

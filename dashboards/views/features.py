@@ -11,7 +11,7 @@ COMMAND = "emocircuits sae --help"
 def show(data: RunData) -> None:  # noqa: ARG001 (no run holds features yet)
     """The empty state: nothing writes what this page will show into a run yet."""
     missing("This run holds no features",
-            "A sparse autoencoder splits activations into features that can be named and steered. It has its own command.",
+            "A sparse autoencoder splits activations into features that can be named and steered, by its own command.",
             COMMAND)  # fmt: skip
 
 
