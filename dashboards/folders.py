@@ -128,6 +128,12 @@ def circuit_folder(data: RunData) -> Path:
     return data.path if kind(data.path) == "circuits" else data.path / "circuits"
 
 
+def inside(folder: Path, name: str) -> Path | None:
+    """The file of that name in a folder; None for a name that leads out of it (names come from files, too)."""
+    file = folder / name
+    return file if file.parent == folder and file.name == name and name != ".." else None
+
+
 def model_name(data: RunData) -> str:
     """What `emocircuits.load` takes to get the run's model; raises InputError when the run does not say."""
     settings = data.manifest.get("settings") or {}

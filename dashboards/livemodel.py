@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import streamlit as st
 
-from dashboards.folders import circuit_folder, model_name
+from dashboards.folders import circuit_folder, inside, model_name
 from dashboards.words import md
 from emocircuits.errors import EmocircuitsError
 from emocircuits.report import RunData
@@ -112,12 +112,11 @@ def directions(data: RunData) -> Any:
 
 
 def circuit(data: RunData, emotion: str) -> Any:
-    """The run's Circuit of one emotion, or None; only for emotions of the run, so that no name leads out of it."""
+    """The run's Circuit of one emotion, or None."""
     from emocircuits.circuits.assemble import Circuit
 
-    if emotion not in data.emotions:
-        return None
-    return artefact(Circuit.load, circuit_folder(data) / f"{emotion}.safetensors")
+    file = inside(circuit_folder(data), f"{emotion}.safetensors")
+    return artefact(Circuit.load, file) if file else None
 
 
 def units(data: RunData) -> Any:

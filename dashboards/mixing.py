@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dashboards.folders import read_json
+from dashboards.folders import inside, read_json
 from emocircuits.report import RunData
 
 TOTAL = 0.15
@@ -19,8 +19,8 @@ def saved_steerers(data: RunData) -> dict[str, Any]:
     """Steerers of the run's emotions at the strengths it chose, from its files; empty when it saved none."""
     from emocircuits.steering import Steerer
 
-    files = {e: data.path / "steerers" / f"{e}.safetensors" for e in data.emotions}
-    return {e: Steerer.load(file) for e, file in files.items() if file.is_file()}
+    files = {e: inside(data.path / "steerers", f"{e}.safetensors") for e in data.emotions}
+    return {e: Steerer.load(file) for e, file in files.items() if file and file.is_file()}
 
 
 def from_directions(data: RunData, directions: Any) -> dict[str, Any]:
