@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dashboards.folders import BALANCE, TESTBED, Place, kind, read_json
-from dashboards.words import num, rate
+from dashboards.words import num, plain, rate
 
 Row = dict[str, Any]
 SCORES = {
@@ -33,25 +33,10 @@ def read(folder: Path) -> tuple[str, Mapping[str, Any]]:
 
 
 def verdicts(found: Mapping[str, Any]) -> list[str]:
-    """Whether one modality drives the answers more, by every way of taking modalities out."""
-    first, *others = found["modalities"]
-    said = [
-        f"{found['n_rows']} prompts. Without {' and '.join(found['modalities'])} the answer stays the same in "
-        f"{num(found.get('text_reliance'), '.0%')} of them: that much the text alone explains."
-    ]
-    for other in others:
-        gaps = {m: d[other] for m, d in found["differences"].items() if m != "gradient"}
-        signs = {_sign(g) for g in gaps.values()}
-        winner = first if signs == {1} else other if signs == {-1} else None
-        words = "; ".join(f"{m} {rate(g, '.2f')}" for m, g in gaps.items())
-        verdict = f"{winner} drives the answers more" if winner else "no clear preference"
-        said.append(f"Log-odds that {first} gives minus those of {other}: {words}. So: {verdict}.")
-    return said
+    """Whether one modality drives the answers more, as the report says it."""
+    from emocircuits.multimodal.study import sentences
 
-
-def _sign(found: Mapping[str, Any]) -> int:
-    low, high = found.get("low"), found.get("high")
-    return 0 if low is None or high is None else int(low > 0) - int(high < 0)
+    return [plain(sentence) for sentence in sentences(found)]
 
 
 def changed_rows(found: Mapping[str, Any]) -> list[Row]:
