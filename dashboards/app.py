@@ -29,7 +29,7 @@ PAGES = {
 
 def main() -> None:
     """Choose the run in the sidebar (or the URL), then run the page."""
-    st.set_page_config("emocircuits", ":material/hub:", layout="wide")
+    st.set_page_config(page_icon=":material/hub:", layout="wide")
     pages = {
         section: [
             st.Page(f"views/{name}.py", title=title, icon=f":material/{icon}:", default=name == "overview")

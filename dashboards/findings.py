@@ -22,7 +22,7 @@ RATES = {
 
 def figures(data: RunData) -> list[tuple[str, str, str]]:
     """Key figures: (name, value, its interval); only what was measured."""
-    found = [("Directions, held-out themes", *_parts(_accuracy(data), ".2f"))]
+    found = [("Directions", *_parts(_accuracy(data), ".2f"))]
     for method in ("steered", "prompted", "random"):
         found.append((f"Coherent, {method}", *_parts((data.methods.get(method) or {}).get("coherent"), ".0%")))
     before, after = (median_perplexity(data, m) for m in ("unsteered", "steered"))

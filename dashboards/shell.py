@@ -18,6 +18,8 @@ from emocircuits.errors import EmocircuitsError
 from emocircuits.report import RunData
 
 DEFAULT = "runs/demo"
+STRIP = 380
+"""Pixels for a text of forty columns: what a phone has, and what reads well."""
 INK = {"dark": "#D5D9E0", "light": "#3A4150"}
 DAMAGE = (KeyError, TypeError, IndexError, ValueError, AttributeError)
 """What reading a run of another version, or an edited one, may raise."""
@@ -119,16 +121,27 @@ def ink() -> str:
     return INK["dark" if getattr(st.context.theme, "type", None) == "dark" else "light"]
 
 
-def draw(fig: go.Figure, label: str, caption: str = "", *, key: str | None = None, on_click: Any = None) -> None:
+def draw(
+    fig: go.Figure,
+    label: str,
+    caption: str = "",
+    *,
+    key: str | None = None,
+    on_click: Callable[[], None] | None = None,
+    width: Any = "stretch",
+) -> None:
     """A figure with its name; the toolbar saves it as SVG. Words in `label` and `caption` are plain text.
 
-    on_click is called when a point was clicked; the event is in the session state under `key`.
+    on_click is called when a point was clicked; the event is in the session state under `key`. width: pixels at most.
     """
     fig.update_layout(font_color=ink())
+    for kind in ("bar", "heatmap"):  # plotly would pick dark words for pale grounds, also where those are on black
+        fig.update_traces(textfont_color=ink(), selector={"type": kind})
+    select: dict[str, Any] = {}
     if on_click is not None:
         fig.update_xaxes(fixedrange=True).update_yaxes(fixedrange=True)  # a touch scrolls the page, not the figure
-    select: dict[str, Any] = {} if on_click is None else {"on_select": on_click, "selection_mode": "points"}
-    st.plotly_chart(fig, theme=None, key=key, alt=label, config=toolbar(label), **select)
+        select = {"on_select": on_click, "selection_mode": "points"}
+    st.plotly_chart(fig, theme=None, key=key, alt=label, width=width, config=toolbar(label), **select)
     st.caption(f"**{md(label)}**" + (f". {md(caption)}" if caption else ""))
 
 
@@ -142,8 +155,9 @@ def toolbar(label: str) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[Mapping[str, Any]], label: str, caption: str = "", **more: Any) -> Any:
+def table(rows: Sequence[Mapping[str, Any]], label: str, caption: str = "", **more: Any) -> None:
     """Rows as a table that can be searched, sorted and saved as CSV from its toolbar; cells are text, never markup."""
-    found = st.dataframe(pd.DataFrame(list(rows)), hide_index=True, alt=label, **more)
-    st.caption(f"**{md(label)}**" + (f". {md(caption)}" if caption else ""))
-    return found
+    st.markdown(f"**{md(label)}**")
+    if caption:
+        st.caption(md(caption))
+    st.dataframe(pd.DataFrame(list(rows)), hide_index=True, alt=label, **more)

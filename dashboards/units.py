@@ -54,9 +54,10 @@ def clicked(event: Any) -> str | None:
 
 
 def clickable(fig: go.Figure, effects: Sequence[Sequence[Any]], chosen: UnitName | None) -> go.Figure:
-    """A map of heads whose cells can be clicked (plotly selects points only, so there is an unseen one on each)."""
+    """A map of heads whose cells can be clicked: plotly selects points only, so the nearest of unseen ones is taken."""
     cells = [(layer, head, number(v)) for layer, row in enumerate(effects) for head, v in enumerate(row)]
     unseen = {"marker": {"opacity": 0}}
+    fig.update_traces(hoverinfo="skip", hovertemplate=None).update_layout(hovermode="closest", hoverdistance=-1)
     fig.add_scatter(
         x=[head for _, head, _ in cells], y=[layer for layer, _, _ in cells], mode="markers", showlegend=False,
         marker={"size": 18, "symbol": "square", "opacity": 0}, selected=unseen, unselected=unseen,
@@ -69,6 +70,16 @@ def clickable(fig: go.Figure, effects: Sequence[Sequence[Any]], chosen: UnitName
         fig.add_shape(
             type="rect", x0=x - 0.5, x1=x + 0.5, y0=y - 0.5, y1=y + 0.5, line={"color": "#6B4FD8", "width": 3}
         )
+    return fig
+
+
+def ringed(fig: go.Figure, chosen: UnitName | None) -> go.Figure:
+    """A circuit graph with a ring around the chosen unit, where it is a member."""
+    for trace in list(fig.data):
+        for x, y, about in zip(trace.x or (), trace.y or (), trace.customdata if trace.customdata is not None else ()):
+            if UnitName.parse(about[-1]) == chosen is not None:
+                ring = {"symbol": "circle-open", "size": 34, "color": "#6B4FD8", "line": {"width": 3}}
+                fig.add_scatter(x=[x], y=[y], mode="markers", marker=ring, hoverinfo="skip", showlegend=False)
     return fig
 
 

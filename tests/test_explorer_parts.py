@@ -25,6 +25,7 @@ from dashboards.units import UnitName
 from dashboards.words import file_name, md, plain
 from emocircuits import cli, live
 from emocircuits.artefact import write_json_atomic
+from emocircuits.circuit_plots import circuit_graph
 from emocircuits.circuits.assemble import Circuit
 from emocircuits.demo import Plan
 from emocircuits.directions import DirectionSet
@@ -172,6 +173,16 @@ def test_edges_of_a_unit_are_those_that_touch_it() -> None:
         ("h0.1", "n1.40", 0.2), ("h0.1", "h2.3", -0.1), ("h0.1", "score", 0.1),
     }  # fmt: skip
     assert units.edges(graph(), UnitName("heads", 9, 9)) == []
+
+
+def test_the_chosen_unit_of_a_graph_wears_a_ring() -> None:
+    plain_graph = circuit_graph(graph(), "fear")
+    n_traces = len(plain_graph.data)
+    for chosen, rings in ((UnitName("neurons", 1, 40), 1), (UnitName("heads", 9, 9), 0), (None, 0)):
+        fig = units.ringed(go.Figure(plain_graph), chosen)
+        assert len(fig.data) - n_traces == rings
+    drawn = [unit for t in plain_graph.data if t.customdata is not None for *_, unit in t.customdata]
+    assert sorted(drawn) == ["h0.1", "h2.3", "n1.40"]
 
 
 # ------------------------------------------------------------------------------------------------ mixing

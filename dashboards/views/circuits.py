@@ -9,7 +9,7 @@ from typing import Any
 import streamlit as st
 
 from dashboards import findings, folders, livemodel, units
-from dashboards.shell import choose, draw, lacking, missing, page, table
+from dashboards.shell import STRIP, choose, draw, lacking, missing, page, table
 from dashboards.units import UnitName
 from dashboards.words import md, num
 from emocircuits import circuit_plots, live_plots, plots
@@ -73,8 +73,9 @@ def _heads(s: Shown) -> None:
     score = choose("Score", scores, "score")
     values = circuits["heads"][score][circuits["emotions"].index(s.emotion)]
     fig = units.clickable(circuit_plots.head_map(values, "effect"), values, s.unit)
-    draw(fig, f"{s.emotion}, {units.SCORES[score]}", "Click a head to see what it does.", key="heads-map",
-         on_click=lambda: _take("heads-map"))  # fmt: skip
+    key = f"heads-map {s.unit}"  # a new figure for each choice: none stays selected, so that each click counts
+    draw(fig, f"{s.emotion}, {units.SCORES[score]}", "Click a head to see what it does.", key=key,
+         on_click=lambda: _take(key))  # fmt: skip
     agreement = {k: v for k, v in circuits["heads"]["agreement"].items()}
     table([{"scores": k, "Pearson": v} for k, v in agreement.items()], "Do the scores agree?")
     table(units.member_rows(circuits), "Members (layer.number), best first")
@@ -116,8 +117,9 @@ def _graph(s: Shown) -> None:
         f"emotion score ({graphs.get('readout')}) that one unit gives through another, or straight to the diamond; "
         "green raises it, red lowers it. Click a unit."
     )
-    draw(circuit_plots.circuit_graph(graph, s.emotion), f"{s.emotion}: how its units work", words, key="graph",
-         on_click=lambda: _take("graph"))  # fmt: skip
+    key = f"graph {s.unit}"
+    fig = units.ringed(circuit_plots.circuit_graph(graph, s.emotion), s.unit)
+    draw(fig, f"{s.emotion}: how its units work", words, key=key, on_click=lambda: _take(key))
 
 
 def _tests(s: Shown) -> None:
@@ -250,9 +252,11 @@ def _contexts(data: RunData, unit: UnitName, emotion: str) -> None:
     best, words = found
     what = f"what it adds along {emotion}, in residual norms" if unit.kind == "heads" else "its activation"
     top = max((abs(c.value) for c in best), default=1.0)
+    columns = st.columns(2)
     for i, context in enumerate(best):
-        draw(live_plots.token_strip(context.pieces, context.values, plots.emotion_color(emotion), top=top),
-             f"{i + 1}: {num(context.value, '+.3g')}", what, key=f"context-{i}")  # fmt: skip
+        with columns[i % 2]:
+            draw(live_plots.token_strip(context.pieces, context.values, plots.emotion_color(emotion), top=top),
+                 f"{i + 1}: {num(context.value, '+.3g')}", what, key=f"context-{i}", width=STRIP)  # fmt: skip
     if words is not None:
         draw(live_plots.promoted_bars(words), "Tokens it makes likelier (green) and less likely when it is active",
              "Its column of down_proj through the final norm and the unembedding.")  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import streamlit as st
 
 from dashboards import findings, folders, livemodel
-from dashboards.shell import choose, draw, lacking, level, missing, page, table
+from dashboards.shell import STRIP, choose, draw, lacking, level, missing, page, table
 from emocircuits import live_plots, plots
 from emocircuits.report import RunData
 
@@ -50,20 +50,26 @@ def _read(data: RunData) -> None:
     with right:
         emotion = choose("Emotion", made.emotions, "emotion")
     scores, at = found.at(layer), found.emotions.index(emotion)
-    draw(
-        live_plots.token_strip(found.pieces, scores[:, at].tolist(), plots.emotion_color(emotion)),
-        f"{emotion} at layer {layer}, token by token", "Colour above the mean of the training texts, grey below.",
-    )  # fmt: skip
-    smooth = level("Tokens averaged", 1, 16, 6, "smooth")
-    draw(
-        live_plots.along_lines(found.pieces, scores.tolist(), found.emotions, smooth=smooth),
-        f"Every emotion at layer {layer}",
-        "Directions were fitted on means over whole replies, so single tokens are noisy: average some.",
-    )  # fmt: skip
+    left, right = st.columns([2, 3])
+    with left:
+        draw(
+            live_plots.token_strip(found.pieces, scores[:, at].tolist(), plots.emotion_color(emotion)),
+            f"{emotion} at layer {layer}, token by token", "Colour above the mean of the training texts, grey below.",
+            width=STRIP,
+        )  # fmt: skip
+    with right:
+        smooth = level("Tokens averaged", 1, 16, 6, "smooth")
+        draw(
+            live_plots.along_lines(found.pieces, scores.tolist(), found.emotions, smooth=smooth),
+            f"Every emotion at layer {layer}",
+            "Directions were fitted on means over whole replies, so single tokens are noisy: average some.",
+        )  # fmt: skip
     with st.expander("All layers, and how surprising each token is"):
         draw(live_plots.layer_map(found.scores[:, :, at].tolist(), found.layers, found.pieces), f"{emotion} by layer")
-        draw(live_plots.token_strip(found.pieces, found.surprise.nan_to_num().tolist(), plots.emotion_color("fear")),
-             "Surprise of each token", f"In nats; perplexity of the text {found.perplexity:.1f}.")  # fmt: skip
+        draw(
+            live_plots.token_strip(found.pieces, found.surprise.nan_to_num().tolist()), "Surprise of each token",
+            f"In nats; perplexity of the text {found.perplexity:.1f}.", width=STRIP,
+        )  # fmt: skip
     rows = [
         {"token": piece, "surprise": float(s), **dict(zip(found.emotions, row))}
         for piece, s, row in zip(found.pieces, found.surprise, scores.tolist())

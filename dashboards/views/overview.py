@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from dashboards import findings
+from dashboards import findings, folders
 from dashboards.shell import choose, draw, lacking, page, table
 from dashboards.words import md, plain
 from emocircuits import plots
@@ -19,6 +19,10 @@ VIEWS = ("Result", "Cost", "Texts", "Judge")
 
 def show(data: RunData) -> None:
     """The headline and key figures, then one view."""
+    if folders.kind(data.path) == "modality":
+        st.info("This folder is about modalities.")
+        st.page_link("views/modality.py", label="Open its page", icon=":material/graphic_eq:")
+        return
     st.subheader(md(data.model), anchor=False)
     for sentence in headline(data):
         st.markdown(md(plain(sentence)))
@@ -26,7 +30,7 @@ def show(data: RunData) -> None:
     if found:
         with st.container(horizontal=True):
             for name, value, interval in found:
-                st.metric(md(name), value, interval, delta_color="off", delta_arrow="off", border=True, width=190)
+                st.metric(md(name), value, interval, delta_color="off", delta_arrow="off", border=True, width=165)
     view = choose("View", VIEWS, "view", buttons=True)
     {"Result": _result, "Cost": _cost, "Texts": _texts, "Judge": _judge}[view](data)
 

@@ -11,7 +11,7 @@ from typing import Any
 import streamlit as st
 
 from dashboards import folders, livemodel, mixing
-from dashboards.shell import choose, draw, level, missing, page
+from dashboards.shell import STRIP, choose, draw, level, missing, page
 from dashboards.words import file_name, md, num
 from emocircuits import live_plots, plots
 from emocircuits.report import RunData
@@ -142,9 +142,9 @@ def _fluency(data: RunData, found: Written) -> None:
     plain, steered = mixing.fluency(found.texts, values, data)
     more = steered.perplexity / plain.perplexity if plain.perplexity else math.nan
     with st.container(horizontal=True):
-        st.metric("Perplexity, unsteered", num(plain.perplexity, ".1f"), border=True, width=200)
+        st.metric("Perplexity, unsteered", num(plain.perplexity, ".1f"), border=True, width=165)
         st.metric("Perplexity, steered", num(steered.perplexity, ".1f"), f"{num(more, '.1f')} times", delta_color="off",
-                  delta_arrow="off", border=True, width=200)  # fmt: skip
+                  delta_arrow="off", border=True, width=165)  # fmt: skip
     if steered.limit is not None:
         share = math.log(max(steered.perplexity, 1.0)) / math.log(max(steered.limit, 1.0 + 1e-9))
         place = 1.0 if math.isnan(share) else min(max(share, 0.0), 1.0)
@@ -171,7 +171,7 @@ def _carried(data: RunData, found: Written, directions: Any, emotion: str) -> No
         with column:
             values = reading.at(layer)[:, at].tolist()
             draw(live_plots.token_strip(reading.pieces, values, plots.emotion_color(emotion), top=top),
-                 f"{emotion} along the {name} text")  # fmt: skip
+                 f"{emotion} along the {name} text", width=STRIP)  # fmt: skip
     draw(live_plots.along_lines(steered.pieces, steered.at(layer).tolist(), steered.emotions, smooth=6),
          "Every emotion along the steered text", "Each point averages six tokens.")  # fmt: skip
 
