@@ -75,7 +75,8 @@ def clickable(fig: go.Figure, effects: Sequence[Sequence[Any]], chosen: UnitName
 
 def ringed(fig: go.Figure, chosen: UnitName | None) -> go.Figure:
     """A circuit graph with a ring around the chosen unit, where it is a member."""
-    traces: list[Any] = [t for t in fig.data if t["customdata"] is not None] if chosen else []
+    drawn: Any = fig.data
+    traces = [t for t in drawn if t.customdata is not None] if chosen else []
     places = [(x, y) for t in traces for x, y, about in zip(t.x, t.y, t.customdata) if about[-1] == str(chosen)]
     for x, y in places:
         ring = {"symbol": "circle-open", "size": 34, "color": "#6B4FD8", "line": {"width": 3}}

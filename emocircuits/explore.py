@@ -20,7 +20,8 @@ OPTIONS = {
     "browser.gatherUsageStats": ("false",),
     "client.toolbarMode": ("viewer",),
     "client.showErrorLinks": ("false",),
-    "theme.primaryColor": ("#6B4FD8",),
+    "theme.light.primaryColor": ("#6B4FD8",),  # one colour for both would be one theme: always light
+    "theme.dark.primaryColor": ("#A594F9",),
 }
 
 

@@ -6,6 +6,7 @@ EMOCIRCUITS_SCREENSHOTS=folder keeps a picture of every page, in both widths and
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -135,6 +136,8 @@ def test_every_page_opens_without_an_exception_and_fits(
     assert PAGES[page] in tab.words()
     assert not tab.js("""document.querySelectorAll('[data-testid="stException"]').length""")
     assert not tab.js("""document.querySelectorAll('[data-testid="stAlertContentError"]').length""")
+    ground = tab.js("""getComputedStyle(document.querySelector('[data-testid="stApp"]')).backgroundColor""")
+    assert (max(map(int, re.findall(r"\d+", ground)[:3])) < 128) == dark
     main = """document.querySelector('[data-testid="stMain"]')"""
     assert tab.js(f"{main}.scrollWidth <= {main}.clientWidth + 1")
 
