@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -44,16 +45,22 @@ def command(folder: Path, port: int | None = None, browser: bool = True) -> list
 
 
 def explore(folder: Path, port: int | None = None, browser: bool = True) -> None:
-    """Serve until Ctrl-C. Raises as `command` does, and InputError when the server stops by itself with an error."""
+    """Serve until Ctrl-C or SIGTERM, to be called in the main thread.
+
+    Raises as `command` does, and InputError when the server stops by itself with an error.
+    """
     given = command(folder, port, browser)
     paths = [str(_app().parents[1]), os.environ.get("PYTHONPATH")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with subprocess.Popen(given, env=environment) as server:
+        before = signal.signal(signal.SIGTERM, lambda *_: server.terminate())  # the server would outlive us
         try:
             code = server.wait()
         except KeyboardInterrupt:  # the server got it, too, and is stopping
             return
-    if code:
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if code > 0:  # below 0 it was told to stop
         raise InputError(f"the explorer's server stopped with exit code {code}; the lines above say why")
 
 

@@ -120,6 +120,16 @@ def test_ctrl_c_ends_the_command_without_a_trace(tmp_path: Path) -> None:
     assert b"Traceback" not in error
 
 
+def test_a_terminated_command_takes_its_server_along(tmp_path: Path) -> None:
+    port = free_port()
+    process = start(write_run(tmp_path / "runs" / "one", layers=4, scenarios=1), port)
+    wait_for(port)
+    process.terminate()
+    assert process.wait(timeout=SLOW) == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((HERE, port), timeout=5).close()
+
+
 # ------------------------------------------------------------------------------------------------ the browser
 
 
