@@ -1,1 +1,1 @@
-"""The Streamlit explorer over saved runs: the room for its pages."""
+"""The explorer: saved runs in the browser, one page per question; `emocircuits explore RUN` opens it."""

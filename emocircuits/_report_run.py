@@ -36,7 +36,8 @@ class RunData:
     @property
     def model(self) -> str:
         """The model's name as the settings hold it."""
-        found = (self.manifest.get("settings") or {}).get("model")
+        settings = self.manifest.get("settings") or {}
+        found = (settings.get("demo") or settings).get("model")
         name = found.get("id") or found.get("name") if isinstance(found, Mapping) else found
         return _NAMES.get(str(name), str(name)) if name else "this model"
 
@@ -45,6 +46,8 @@ class RunData:
         """The run's emotions, from whichever stage has run."""
         if self.quality:
             return list(self.quality["emotions"])
+        if found := (self.circuits or {}).get("circuits"):
+            return list(found["emotions"])
         for scores in ((self.evaluation or {}).get("methods") or {}).values():
             if scores.get("by_emotion"):
                 return list(scores["by_emotion"])
@@ -63,9 +66,11 @@ def read_run(run_path: str | Path) -> RunData:
     manifest = _read_json(path / "manifest.json")
     if manifest is None:
         raise InputError(f"{path} is not a run folder (no manifest.json); check the path")
-    stages = {name: _read_json(path / f"{name}.json") for name in _STAGES}
+    alone = (path / "circuits.json").is_file()  # the circuits folder of a run, opened by itself
+    stages = {name: None if alone else _read_json(path / f"{name}.json") for name in _STAGES}
     texts = path / "texts.jsonl"
-    inside = {name: _read_json(path / "circuits" / f"{name}.json") for name in _CIRCUITS}
+    folder = path if alone else path / "circuits"
+    inside = {name: _read_json(folder / f"{name}.json") for name in _CIRCUITS}
     circuits = inside if any(inside.values()) else None
     return RunData(path, manifest, **stages, texts=read_jsonl(texts) if texts.is_file() else None, circuits=circuits)
 

@@ -128,7 +128,7 @@ def circuit_graph(graph: Row, emotion: str, n_edges: int = 24) -> go.Figure:
         fig.add_scatter(
             x=[p[0] for p, _ in mine], y=[p[1] for p, _ in mine], mode="markers+text", name=kind,
             text=[f"{n['layer']}.{n['unit']}" for _, n in mine], textposition="bottom center", textfont={"size": 10},
-            customdata=[[n["effect"], n["direct"]] for _, n in mine],
+            customdata=[[n["effect"], n["direct"], f"{kind[0]}{n['layer']}.{n['unit']}"] for _, n in mine],
             hovertemplate=kind[:-1] + " %{text}: %{customdata[0]:+.3g}, directly %{customdata[1]:+.3g}<extra></extra>",
             marker={"symbol": symbol, "color": emotion_color(emotion), "line": {"width": 1, "color": "#FFFFFF"},
                     "size": [8 + 18 * (abs(n["effect"]) / largest) ** 0.5 for _, n in mine]},

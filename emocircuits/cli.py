@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     _exchange_parsers(verbs)
     _card_parser(verbs)
     _serve_parser(verbs)
+    _explore_parser(verbs)
     return top
 
 
@@ -206,6 +207,17 @@ def _serve_parser(verbs: argparse._SubParsersAction) -> None:
     serve.add_argument("--api-key-env", help="environment variable with the key (default: EMOCIRCUITS_API_KEY, if set)")
     serve.add_argument("--allow-open", action="store_true", help="let others in without a key")
     serve.set_defaults(run=commands.run_serve)
+
+
+def _explore_parser(verbs: argparse._SubParsersAction) -> None:
+    explore = _verb(
+        verbs, "explore", "look at runs, and steer the model by hand, in the browser", "emocircuits explore runs/demo"
+    )
+    explore.add_argument("folder", type=Path, nargs="?", default=Path("runs/demo"), metavar="RUN",
+                         help="a run folder, or a folder of runs (default: runs/demo)")  # fmt: skip
+    explore.add_argument("--port", type=int, help="default: the first free one from 8501 on")
+    explore.add_argument("--no-browser", action="store_true", help="only serve; print the address")
+    explore.set_defaults(run=commands.run_explore)
 
 
 def _exchange_parsers(verbs: argparse._SubParsersAction) -> None:

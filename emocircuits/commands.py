@@ -193,6 +193,13 @@ def run_card(args: argparse.Namespace) -> None:
     _say(f"cost card: {write_card(made, output)}")
 
 
+def run_explore(args: argparse.Namespace) -> None:
+    """`emocircuits explore`"""
+    from .explore import explore
+
+    explore(args.folder, args.port, not args.no_browser)
+
+
 def run_serve(args: argparse.Namespace) -> None:
     """`emocircuits serve`"""
     from .serving.run import serve

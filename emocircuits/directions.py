@@ -64,6 +64,11 @@ class DirectionSet:
         """Unit directions [E, n_layers, width]."""
         return torch.nn.functional.normalize(self.vectors, dim=-1)
 
+    def cosines(self, layer: int) -> Tensor:
+        """Cosines [E, E] between the emotions' directions at one layer."""
+        units = self.units[:, self.slots(layer)[0]]
+        return units @ units.T
+
     def scores(self, features: Features, centred: bool = True) -> Tensor:
         """Projections [N, n_layers, E] of readings on the unit directions, in units of the residual norm.
 
@@ -167,6 +172,13 @@ class DirectionSet:
             h["quality"],
             h["provenance"],
         )
+
+
+def agreement(a: DirectionSet, b: DirectionSet) -> Tensor:
+    """Cosine [E, n_layers] of two sets' directions; raises InputError for sets of other emotions, layers or widths."""
+    if (a.emotions, a.layers, a.vectors.shape) != (b.emotions, b.layers, b.vectors.shape):
+        raise InputError("these directions are for other emotions, layers or widths, so they have no cosines")
+    return (a.units * b.units).sum(-1)
 
 
 def centre(features: Features) -> Tensor:

@@ -130,6 +130,7 @@ def _generate_batch(
     rows: list[Steerer | None],
     decoding: Decoding,
     seeds: list[int],
+    streamer: Any = None,
 ) -> list[str]:
     module: Any = unwrap(model)
     device = next(module.parameters()).device
@@ -141,8 +142,9 @@ def _generate_batch(
     sampler = [RowSampler(seeds, decoding, mask, end_tokens(module))] if decoding.temperature else []
     with steerer.attach(model) if steerer else nullcontext():
         out = module.generate(
-            input_ids=tokens, attention_mask=mask, pad_token_id=pad, logits_processor=sampler, **decoding.kwargs()
-        )
+            input_ids=tokens, attention_mask=mask, pad_token_id=pad, logits_processor=sampler, streamer=streamer,
+            **decoding.kwargs(),
+        )  # fmt: skip
     return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
 

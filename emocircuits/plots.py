@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import plotly.graph_objects as go
@@ -47,6 +48,7 @@ EMOTION_COLORS = {
 }
 METHOD_COLORS = {"unsteered": "#C3C8D0", "random": "#9AA2B0", "prompted": "#66738A", "steered": "#6B4FD8"}
 _SPARE_COLORS = ("#7A5195", "#665C00", "#3D7068", "#8C564B", "#4C4C99")
+_METHOD_SPARES = ("#6B4FD8", "#009E73", "#E69F00", "#0072B2", "#CC79A7", "#8A8F98", "#56B4E9")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -173,13 +175,14 @@ def expression_bars(methods: Mapping[str, Row], emotions: Sequence[str], measure
     `methods` maps a method to its entry of evaluation.json: intervals over all texts, and in "by_emotion".
     """
     fig = figure("", f"{measure} expression" if measure == "coherent" else measure, height=400)
+    spare = cycle(_METHOD_SPARES)
     for method, scores in methods.items():
         per = scores.get("by_emotion") or {}
         intervals = [(per.get(e) or {}).get(measure) or {} for e in emotions] + [scores.get(measure) or {}]
         rates = [number(i.get("estimate")) for i in intervals]
         up = [gap(i.get("high"), rate) for i, rate in zip(intervals, rates)]
         down = [gap(rate, i.get("low")) for i, rate in zip(intervals, rates)]
-        color = METHOD_COLORS.get(method, "#7A5195")
+        color = METHOD_COLORS.get(method) or next(spare)
         # Two greys side by side need more than their shade: the control is hatched.
         pattern = {"shape": "/" if method == "random" else "", "fillmode": "replace", "size": 5}
         fig.add_bar(

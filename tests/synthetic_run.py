@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,76 @@ def write_run(
     for name, value in circuits(rng, emotions, layers).items():
         write_json_atomic(path / "circuits" / f"{name}.json", value)
     return path
+
+
+def write_usable_run(path: Path) -> Path:
+    """A run whose model can be loaded: a tiny one with random weights beside it, with real artefacts read from it.
+
+    Directions, steerers, circuits and units fit the model; the JSON files are synthetic, as in `write_run`.
+    """
+    import zoo
+
+    from emocircuits.circuits.assemble import top
+    from emocircuits.circuits.units import collect
+    from emocircuits.directions import fit
+    from emocircuits.models.fingerprint import fingerprint
+    from emocircuits.reading import Example, read
+
+    emotions = ("anger", "fear", "joy")
+    model, tokenizer = zoo.build("llama"), letters()
+    home = path.parent / "tiny-model"
+    model.save_pretrained(home)
+    tokenizer.save_pretrained(home)
+    write_run(path, emotions=emotions, layers=4, scenarios=4)
+    manifest = json.loads((path / "manifest.json").read_text())
+    write_json_atomic(path / "manifest.json", manifest | {"settings": manifest["settings"] | {"model": str(home)}})
+    texts = [
+        Example(f"one day {i} ", e, str(i), response=f"{e} and more {e}", theme=str(i % 2), cluster=str(i))
+        for i in range(4) for e in emotions
+    ]  # fmt: skip
+    made = fit(read(model, tokenizer, texts), emotions, fingerprint=fingerprint(model))
+    made.save(path / "directions_response_mean.safetensors")
+    units = collect(model, tokenizer, texts, made, position="response_mean")
+    units.save(path / "circuits" / "units.safetensors")
+    for i, emotion in enumerate(emotions):
+        made.steerer(emotion, 0.2, [1, 2]).save(path / "steerers" / f"{emotion}.safetensors")
+        top(emotion, units.heads()[i], units.neurons()[i], 2, 6, fingerprint=fingerprint(model)).save(
+            path / "circuits" / f"{emotion}.safetensors"
+        )
+    write_json_atomic(path / "thresholds.json", {"perplexity": 200.0, "repetition": 0.9, "min_words": 1})
+    return path
+
+
+def write_balance(path: Path) -> Path:
+    """A run of `emocircuits balance` with synthetic numbers."""
+    names, modes = ("audio", "image"), ("mean", "knockout", "gradient")
+    effect = {"audio": interval(0.8), "image": interval(0.3)}
+    found = {
+        "n_rows": 6, "modalities": list(names), "answers": ["anger", "fear"], "effects": dict.fromkeys(modes, effect),
+        "differences": {m: {"image": interval(0.5)} for m in modes}, "changed": dict.fromkeys(modes[:2], effect),
+        "mass": {n: [[0.2, None], [0.4, 0.1]] for n in names}, "mass_mean": dict.fromkeys(names, 0.3),
+        "agreement": {"attention vs knockout": 0.3, "mean vs gradient": None}, "text_reliance": 0.25,
+    }  # fmt: skip
+    settings = {"model": {"name": "synthetic/mllm"}, "batches": ["batch.safetensors"], "answers": {}, "seed": 0}
+    write_json_atomic(path / "manifest.json", {"kind": "run", "settings": settings, "stages": {}})
+    write_json_atomic(path / "balance.json", found)
+    return path
+
+
+def letters() -> Any:
+    """A real fast tokenizer of the zoo's vocabulary: letters, a few signs, and a BOS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    signs = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,:;!?'\"\n<>()-"
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3} | {sign: 4 + i for i, sign in enumerate(signs)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")  # pyright: ignore[reportAttributeAccessIssue]
+    core.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
 
 
 def circuits(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def test_neither_import_nor_help_loads_torch() -> None:
     assert run_python(code).strip() == "False"
 
 
-VERBS = ["demo", "models", "directions", "circuit", "steer", "evaluate", "card", "export", "import", "serve"]
+VERBS = ["demo", "models", "directions", "circuit", "steer", "evaluate", "card", "export", "import", "serve", "explore"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

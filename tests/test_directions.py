@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emocircuits import quality
-from emocircuits.directions import METHODS, DirectionSet, centre, fit
+from emocircuits.directions import METHODS, DirectionSet, agreement, centre, fit
 from emocircuits.errors import ArtefactError, HookError, InputError
 from emocircuits.reading import Features
 
@@ -135,3 +135,14 @@ def test_nan_readings_name_the_layer() -> None:
     features.x[0, 1, 0] = float("nan")
     with pytest.raises(HookError, match="layer 7"):
         fit(features, EMOTIONS)
+
+
+def test_cosines_between_emotions_and_between_runs() -> None:
+    vectors = torch.tensor([[[2.0, 0.0], [1.0, 1.0]], [[0.0, 3.0], [1.0, 0.0]]])
+    made = DirectionSet(("anger", "fear"), "resid_post", (4, 9), vectors, torch.ones(2), torch.zeros(2, 2))
+    assert torch.allclose(made.cosines(4), torch.eye(2))
+    assert float(made.cosines(9)[0, 1]) == pytest.approx(0.5**0.5)
+    other = DirectionSet(("anger", "fear"), "resid_post", (4, 9), -3 * vectors, torch.ones(2), torch.zeros(2, 2))
+    assert torch.allclose(agreement(made, other), -torch.ones(2, 2))
+    with pytest.raises(InputError, match="no cosines"):
+        agreement(made, made.select([4]))

@@ -327,3 +327,9 @@ def test_the_chosen_setting_is_the_starred_one() -> None:
     fig = plots.pareto(rows, [], {"fear": {"layers": [1, 2], "strength": 0.2}})
     stars = [t for t in fig.data if t.marker.symbol == "star" and t.name == "fear"]
     assert [list(t.y) for t in stars] == [[0.2]]
+
+
+def test_methods_without_a_colour_of_their_own_still_differ() -> None:
+    rate = {"coherent": {"estimate": 0.5}}
+    fig = plots.expression_bars(dict.fromkeys(("circuit", "random units", "all units", "steered"), rate), ["anger"])
+    assert len({bar.marker.color for bar in fig.data[:3]}) == 3

@@ -134,11 +134,11 @@ def page(found: Found, model: str) -> str:
         "out says what the answer needs."
     )
     made.add("agreement", "Do the measures agree?", table(words, ["measures", "correlation"], rows, wide=False))
-    return made.render(f"<h1>{esc(made.title)}</h1>{''.join(f'<p>{s}</p>' for s in _said(found))}")
+    return made.render(f"<h1>{esc(made.title)}</h1>{''.join(f'<p>{s}</p>' for s in sentences(found))}")
 
 
-def _said(found: Found) -> list[str]:
-    """The findings in words, whichever way they came out."""
+def sentences(found: Found) -> list[str]:
+    """The findings of balance.json in sentences of HTML, whichever way they came out."""
     first, *others = found["modalities"]
     without = " and ".join(map(esc, found["modalities"]))
     said = [

@@ -1,0 +1,56 @@
+"""The entry point that Streamlit runs: which run, which page."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from dashboards.shell import DEFAULT, missing, place
+from dashboards.words import md
+from emocircuits.errors import InputError
+
+PAGES = {
+    "This run": (
+        ("overview", "Overview", "insights"),
+        ("directions", "Directions", "explore"),
+        ("circuits", "Circuits", "hub"),
+        ("steer", "Steer", "tune"),
+    ),
+    "Further": (
+        ("modality", "Modality", "graphic_eq"),
+        ("reasoning", "Reasoning", "account_tree"),
+        ("features", "Features", "grain"),
+    ),
+    "Runs": (
+        ("compare", "Compare", "compare_arrows"),
+        ("about", "About this run", "info"),
+    ),
+}
+
+
+def main() -> None:
+    """Choose the run in the sidebar (or the URL), then run the page."""
+    st.set_page_config(page_icon=":material/hub:", layout="wide")
+    pages = {
+        section: [
+            st.Page(f"views/{name}.py", title=title, icon=f":material/{icon}:", default=name == "overview")
+            for name, title, icon in found
+        ]
+        for section, found in PAGES.items()
+    }
+    chosen = st.navigation(pages)
+    try:
+        here = place()
+    except (InputError, OSError) as error:
+        st.header("No run to show", anchor=False)
+        st.error(md(error), icon=":material/error:")
+        missing("Make a run", "About ten minutes on two cores with the demo model; --small is a quick look.",
+                f"emocircuits demo --out {DEFAULT}\nemocircuits explore {DEFAULT}")  # fmt: skip
+        return
+    if st.session_state.get("run", here.names[0]) not in here.names:
+        del st.session_state["run"]
+    st.sidebar.selectbox("Run", here.names, key="run", bind="query-params", help="Runs in the same folder.")
+    chosen.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""What a modality folder holds, as rows of text and of figures. No Streamlit in here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dashboards.folders import BALANCE, TESTBED, Place, kind, read_json
+from dashboards.words import num, plain, rate
+
+Row = dict[str, Any]
+SCORES = {
+    "audio": "accuracy, voice alone", "image": "accuracy, face alone", "consistent": "accuracy, voice and face agree",
+    "as voice": "conflict: answered with the voice's emotion", "as face": "conflict: answered with the face's emotion",
+    "gap": "conflict: preference gap",
+}  # fmt: skip
+
+
+def sources(place: Place) -> list[str]:
+    """Names of the runs that hold something about modalities."""
+    return [name for name in place.names if kind(place.root / name) == "modality"]
+
+
+def read(folder: Path) -> tuple[str, Mapping[str, Any]]:
+    """("balance" or "testbed", its content); raises InputError for a damaged file."""
+    if (folder / BALANCE).is_file():
+        return "balance", read_json(folder / BALANCE)
+    return "testbed", read_json(folder / TESTBED)
+
+
+# ------------------------------------------------------------------------------------------------ balance
+
+
+def verdicts(found: Mapping[str, Any]) -> list[str]:
+    """Whether one modality drives the answers more, as the report says it."""
+    from emocircuits.multimodal.study import sentences
+
+    return [plain(sentence) for sentence in sentences(found)]
+
+
+def changed_rows(found: Mapping[str, Any]) -> list[Row]:
+    """How often the answer changes without a modality."""
+    return [
+        {"taken out by": mode, **{n: rate(cells[n]) for n in found["modalities"]}}
+        for mode, cells in found["changed"].items()
+    ]
+
+
+def agreement_rows(found: Mapping[str, Any]) -> list[Row]:
+    """Correlations between the measures."""
+    return [{"measures": k, "Spearman": v} for k, v in found["agreement"].items()]
+
+
+# ------------------------------------------------------------------------------------------------ the test bed
+
+
+def score_rows(found: Mapping[str, Any]) -> list[Row]:
+    """Held-out scores of the test bed's model."""
+    return [{"measure": words, "value": rate(found["scores"].get(k), ".2f")} for k, words in SCORES.items()]
+
+
+def curve_rows(found: Mapping[str, Any]) -> list[Row]:
+    """The validation sweep in the form of `multimodal.plots.gap_curve`; its gaps have no intervals."""
+    sweep = (found.get("reallocation") or {}).get("sweep") or []
+    return [{"policy": r["way"], "strength": r["strength"], "gap": {"estimate": r["gap"]}} for r in sweep]
+
+
+def held_out(found: Mapping[str, Any]) -> list[Row]:
+    """Each policy at its chosen strength, in the form of `multimodal.plots.gap_against_accuracy`."""
+    rows = (found.get("reallocation") or {}).get("held_out") or []
+    return [{"policy": r["way"], **{k: r[k] for k in ("strength", "gap", "consistent")}} for r in rows]
+
+
+def policy_rows(found: Mapping[str, Any]) -> list[Row]:
+    """The same as text, beside random spans."""
+    rows = (found.get("reallocation") or {}).get("held_out") or []
+    return [
+        {"policy": r["way"], "strength": num(r["strength"], ".3g"), "gap": rate(r["gap"], ".2f"),
+         "consistent clips": rate(r["consistent"], ".2f"), "gap, random spans": rate(r.get("random gap"), ".2f"),
+         "question names the voice": rate((r.get("named") or {}).get("voice"), ".2f")}
+        for r in rows
+    ]  # fmt: skip
+
+
+def knob_rows(found: Mapping[str, Any]) -> list[Row]:
+    """What in the clips moves the gap."""
+    return [
+        {"conflict clips with": k, **{n: rate(v.get(n), ".2f") for n in ("gap", "as voice", "as face")}}
+        for k, v in (found.get("knobs") or {}).items()
+    ]
+
+
+def attention_rows(found: Mapping[str, Any]) -> list[Row]:
+    """Where the last query looks, by layer."""
+    return [
+        {"attention to": n, **{f"layer {i}": v for i, v in enumerate(values)}}
+        for n, values in found["attention"].items()
+    ]

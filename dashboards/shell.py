@@ -1,0 +1,163 @@
+"""What all pages share: the run they show, guarded reading, figures, tables, choices that live in the URL."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import streamlit as st
+
+from dashboards import folders
+from dashboards.words import file_name, md
+from emocircuits.errors import EmocircuitsError
+from emocircuits.report import RunData
+
+DEFAULT = "runs/demo"
+STRIP = 380
+"""Pixels for a text of forty columns: what a phone has, and what reads well."""
+INK = {"dark": "#D5D9E0", "light": "#3A4150"}
+DAMAGE = (KeyError, TypeError, IndexError, ValueError, AttributeError)
+"""What reading a run of another version, or an edited one, may raise."""
+
+
+# ------------------------------------------------------------------------------------------------------ the run
+
+
+def place() -> folders.Place:
+    """The runs of this session, from the command line."""
+    given = [a for a in sys.argv[1:] if not a.startswith("-")]
+    return folders.find(given[0] if given else DEFAULT)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _opened(folder: str, stamp: tuple[Any, ...]) -> RunData:  # noqa: ARG001 (a changed folder is read again)
+    return folders.open_run(Path(folder))
+
+
+def opened(folder: Path) -> RunData:
+    """A run's data, read again when its files have changed. Read only: sessions share it."""
+    return _opened(str(folder), folders.stamp(folder))
+
+
+def page(title: str, show: Callable[[RunData], None]) -> None:
+    """Run a page on the chosen run; whatever the run lacks or holds wrongly becomes a sentence."""
+    st.header(title, anchor=False)
+    try:
+        here = place()
+        data = opened(here.root / st.session_state.get("run", here.names[0]))
+        for notice in folders.notices(data):
+            st.caption(md(notice))
+        show(data)
+    except EmocircuitsError as error:
+        st.error(md(error), icon=":material/error:")
+    except DAMAGE as error:
+        st.error("This page cannot read what the run holds. A run of this version, made again, would show it.",
+                 icon=":material/error:")  # fmt: skip
+        with st.expander("What went wrong"):
+            st.code("".join(traceback.format_exception(error)), language=None)
+
+
+def missing(what: str, why: str, command: str) -> None:
+    """The empty state: what would be here, why it is not, and the command that makes it."""
+    with st.container(border=True):
+        st.markdown(f"**{md(what)}**")
+        st.caption(md(why))
+        st.code(command, language="bash", wrap_lines=True)
+
+
+def lacking(data: RunData, *names: str) -> bool:
+    """Show the empty state for stages that a page needs and the run lacks; True when one is missing."""
+    absent = [folders.STAGES[n] for n in names if getattr(data, n) is None]
+    if absent:
+        missing(f"This run has not measured {' and '.join(absent)} yet", "An interrupted run goes on where it stopped.",
+                folders.how_to_finish(data))  # fmt: skip
+    return bool(absent)
+
+
+# ------------------------------------------------------------------------------------------------------ choices
+
+
+def choose(label: str, options: Sequence[Any], key: str, *, default: Any = None, buttons: bool = False) -> Any:
+    """One of the options, kept in the URL under `key`; what the URL holds and is no option is ignored.
+
+    buttons: for a few words of our own only, since the labels of buttons are Markdown.
+    """
+    names = [str(o) for o in options]
+    if st.session_state.get(key, names[0]) not in names:  # another run, or a page whose options changed
+        del st.session_state[key]
+    first = names.index(str(default)) if default is not None and str(default) in names else 0
+    if buttons:
+        found = st.segmented_control(
+            label,
+            names,
+            key=key,
+            default=names[first],
+            required=True,
+            bind="query-params",
+            label_visibility="collapsed",
+        )
+    else:
+        found = st.selectbox(label, names, key=key, index=first, bind="query-params")
+    return options[names.index(found)] if found in names else options[first]
+
+
+def level(label: str, low: float, high: float, value: float, key: str, step: float = 1, **more: Any) -> Any:
+    """A number from a slider, kept in the URL under `key`."""
+    if not low <= st.session_state.get(key, value) <= high:
+        del st.session_state[key]
+    return st.slider(label, low, high, value, step, key=key, bind="query-params", **more)
+
+
+# ------------------------------------------------------------------------------------------------------ showing
+
+
+def ink() -> str:
+    """The colour of words inside figures, for the reader's theme."""
+    return INK["dark" if getattr(st.context.theme, "type", None) == "dark" else "light"]
+
+
+def draw(
+    fig: go.Figure,
+    label: str,
+    caption: str = "",
+    *,
+    key: str | None = None,
+    on_click: Callable[[], None] | None = None,
+    width: Any = "stretch",
+) -> None:
+    """A figure with its name; the toolbar saves it as SVG. Words in `label` and `caption` are plain text.
+
+    on_click is called when a point was clicked; the event is in the session state under `key`. width: pixels at most.
+    """
+    fig.update_layout(font_color=ink())
+    for kind in ("bar", "heatmap"):  # plotly would pick dark words for pale grounds, also where those are on black
+        fig.update_traces(textfont_color=ink(), selector={"type": kind})
+    select: dict[str, Any] = {}
+    if on_click is not None:
+        fig.update_xaxes(fixedrange=True).update_yaxes(fixedrange=True)  # a touch scrolls the page, not the figure
+        select = {"on_select": on_click, "selection_mode": "points"}
+    st.plotly_chart(fig, theme=None, key=key, alt=label, width=width, config=toolbar(label), **select)
+    st.caption(f"**{md(label)}**" + (f". {md(caption)}" if caption else ""))
+
+
+def toolbar(label: str) -> dict[str, Any]:
+    """Plotly's settings: no logo, and pictures as SVG named after the figure."""
+    away = ["zoom2d", "pan2d", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d", "resetScale2d"]
+    return {
+        "displaylogo": False,
+        "modeBarButtonsToRemove": away,
+        "toImageButtonOptions": {"format": "svg", "filename": file_name(label)},
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]], label: str, caption: str = "", **more: Any) -> None:
+    """Rows as a table that can be searched, sorted and saved as CSV from its toolbar; cells are text, never markup."""
+    st.markdown(f"**{md(label)}**")
+    if caption:
+        st.caption(md(caption))
+    st.dataframe(pd.DataFrame(list(rows)), hide_index=True, alt=label, **more)

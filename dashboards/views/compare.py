@@ -1,0 +1,53 @@
+"""Two runs side by side: what they found, whether they found the same directions, and how they were made."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from dashboards import comparing, livemodel
+from dashboards.shell import choose, draw, missing, opened, page, place, table
+from emocircuits import plots
+from emocircuits.report import RunData
+
+
+def show(data: RunData) -> None:
+    """The chosen run beside another one of the same folder."""
+    here = place()
+    others = [name for name in here.names if name != data.path.name]
+    if not others:
+        missing("There is no other run in this folder", "Runs of the same folder can be compared, say two models.",
+                "emocircuits demo --model MODEL --out runs/other")  # fmt: skip
+        return
+    other = opened(here.root / choose("Beside", others, "beside"))
+    names = (data.path.name, other.path.name)
+    table(comparing.key_rows(data, other, names), "Key figures", "With 95% intervals, each from its own scenarios.")
+    if len(scores := comparing.steered(data, other, names)) == 2:
+        emotions = list(dict.fromkeys([*data.emotions, *other.emotions]))
+        draw(plots.expression_bars(scores, emotions), "Coherent expression under steering, by emotion")
+        table(comparing.emotion_rows(data, other, names), "The same in numbers")
+    if tests := comparing.layer_tests(data, other, names):
+        draw(plots.quality_by_layer(*tests, 1 / len(data.emotions)), "Accuracy of the directions on held-out themes",
+             "Layers are counted from 0; models of other depths reach other numbers.")  # fmt: skip
+    _directions(data, other)
+    table(comparing.different_settings(data, other, names), "Settings that differ")
+
+
+def _directions(data: RunData, other: RunData) -> None:
+    """Do both runs point the same way? Only for runs of one model."""
+    from emocircuits.directions import agreement
+    from emocircuits.errors import InputError
+
+    a, b = livemodel.directions(data), livemodel.directions(other)
+    if a is None or b is None:
+        return
+    try:
+        values = agreement(a, b)
+    except InputError:
+        st.caption("The runs' directions belong to models of other shapes or to other emotions.")
+        return
+    draw(plots.split_half_map(values.tolist(), a.emotions, a.layers), "Cosine of the two runs' directions",
+         "Near 1: both found the same.")  # fmt: skip
+
+
+if __name__ == "__main__":
+    page("Compare", show)

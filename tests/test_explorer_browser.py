@@ -1,0 +1,182 @@
+"""The explorer end to end: its server as the command starts it, and every page in a real browser when there is one.
+
+EMOCIRCUITS_SCREENSHOTS=folder keeps a picture of every page, in both widths and both themes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import chromium
+import pytest
+from synthetic_run import write_balance, write_run, write_usable_run
+
+from emocircuits import explore
+
+pytest.importorskip("streamlit", reason="streamlit is not installed: emocircuits[dashboard]")
+
+PAGES = {
+    "": "Overview", "directions": "Directions", "circuits": "Circuits", "steer": "Steer", "modality": "Modality",
+    "reasoning": "Reasoning", "features": "Features", "compare": "Compare", "about": "About this run",
+}  # fmt: skip
+HERE = "127.0.0.1"
+SLOW = 60.0
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of `emocircuits explore` on a folder of runs."""
+    root = tmp_path_factory.mktemp("browser") / "runs"
+    write_usable_run(root / "whole")
+    write_run(root / "other", emotions=("anger", "fear", "joy"), layers=4, scenarios=2)
+    write_balance(root / "balance")
+    port = free_port()
+    process = start(root / "whole", port)
+    try:
+        wait_for(port)
+        yield f"http://{HERE}:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=SLOW)
+
+
+@pytest.fixture(scope="module")
+def tab(server: str) -> Iterator[chromium.Tab]:
+    if chromium.browser() is None:
+        pytest.skip(f"no browser is installed: one of {', '.join(chromium.BROWSERS)}")
+    with chromium.tab() as opened:
+        yield opened
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind((HERE, 0))
+        return probe.getsockname()[1]
+
+
+def start(run: Path, port: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "emocircuits.cli", "explore", str(run), "--port", str(port), "--no-browser"]
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+
+
+def wait_for(port: int) -> None:
+    end = time.monotonic() + SLOW
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://{HERE}:{port}/_stcore/health", timeout=2) as answer:
+                assert answer.read() == b"ok"
+                return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.3)
+
+
+def handshake(port: int, host: str) -> str:
+    """The first line of the answer to a request for the app's websocket under a host name."""
+    with socket.create_connection((HERE, port), timeout=10) as raw:
+        lines = (
+            "GET /_stcore/stream HTTP/1.1", f"Host: {host}", "Connection: Upgrade", "Upgrade: websocket",
+            "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "", "",
+        )  # fmt: skip
+        raw.sendall("\r\n".join(lines).encode())
+        return raw.recv(200).decode(errors="replace").splitlines()[0]
+
+
+# ------------------------------------------------------------------------------------------------ the server
+
+
+def test_the_app_answers_this_machine_and_no_other_name(server: str) -> None:
+    port = int(server.rsplit(":", 1)[1])
+    assert "101" in handshake(port, f"localhost:{port}")
+    assert "403" in handshake(port, "evil.example")
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.2", port), timeout=5):
+        pass  # another address of this machine than the one the server is bound to
+
+
+def test_ctrl_c_ends_the_command_without_a_trace(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "runs" / "one", layers=4, scenarios=1)
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; from emocircuits.cli import main; sys.exit(main(['explore', {str(run)!r}, "
+         f"'--port', '{port}', '--no-browser']))"], start_new_session=True, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(explore._app().parents[1])},
+    )  # fmt: skip
+    wait_for(port)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and its server
+    _, error = process.communicate(timeout=SLOW)
+    assert process.returncode == 0
+    assert b"Traceback" not in error
+
+
+def test_a_terminated_command_takes_its_server_along(tmp_path: Path) -> None:
+    port = free_port()
+    process = start(write_run(tmp_path / "runs" / "one", layers=4, scenarios=1), port)
+    wait_for(port)
+    process.terminate()
+    assert process.wait(timeout=SLOW) == 0
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((HERE, port), timeout=5).close()
+
+
+# ------------------------------------------------------------------------------------------------ the browser
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_opens_without_an_exception_and_fits(
+    tab: chromium.Tab, server: str, page: str, width: int, dark: bool
+) -> None:
+    tab.look(width, dark=dark)
+    tab.open(f"{server}/{page}?run=whole")
+    if folder := os.environ.get("EMOCIRCUITS_SCREENSHOTS"):
+        tab.picture(Path(folder, f"{page or 'overview'}-{width}-{'dark' if dark else 'light'}.png"))
+    assert PAGES[page] in tab.words()
+    assert not tab.js("""document.querySelectorAll('[data-testid="stException"]').length""")
+    assert not tab.js("""document.querySelectorAll('[data-testid="stAlertContentError"]').length""")
+    ground = tab.js("""getComputedStyle(document.querySelector('[data-testid="stApp"]')).backgroundColor""")
+    assert (max(map(int, re.findall(r"\d+", ground)[:3])) < 128) == dark
+    main = """document.querySelector('[data-testid="stMain"]')"""
+    assert tab.js(f"{main}.scrollWidth <= {main}.clientWidth + 1")
+
+
+def test_pages_ask_nothing_of_other_machines(tab: chromium.Tab, server: str) -> None:
+    tab.requests.clear()
+    for page in PAGES:
+        tab.open(f"{server}/{page}?run=whole")
+    assert tab.requests
+    assert [url for url in tab.requests if not url.startswith((server, "data:", "blob:"))] == []
+
+
+def test_a_click_on_a_head_shows_it_and_puts_it_into_the_url(tab: chromium.Tab, server: str) -> None:
+    tab.look()
+    tab.open(f"{server}/circuits?run=whole&unit=h0.0")
+    place = tab.js("""(() => {
+        const plot = document.querySelector('.js-plotly-plot'), {xaxis, yaxis} = plot._fullLayout;
+        const box = plot.getBoundingClientRect();
+        return [box.left + xaxis._offset + xaxis.l2p(2), box.top + yaxis._offset + yaxis.l2p(1)];
+    })()""")
+    tab.click(*place)
+    tab.wait("document.body.innerText.includes('Head 2 of layer 1')")
+    tab.wait("location.search.includes('unit=h1.2')")
+
+
+def test_writing_in_the_playground(tab: chromium.Tab, server: str) -> None:
+    tab.look()
+    tab.open(f"{server}/steer?run=whole&prompt=the+dog+ran&tokens=8")
+    tab.js("""[...document.querySelectorAll('button')].find(b => b.innerText.includes('Write')).click()""")
+    tab.wait("document.body.innerText.includes('Perplexity, steered')")
+    tab.wait(chromium.READY)
+    assert not tab.js("""document.querySelectorAll('[data-testid="stException"]').length""")
