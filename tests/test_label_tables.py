@@ -100,7 +100,7 @@ def test_agreement_equals_scikit_learn(pairs: list[tuple[str | None, str]]) -> N
     assert found.n == len(pairs) == found.confusion.sum()
     assert found.accuracy == pytest.approx(np.mean([g == r for g, r in pairs]))
     assert found.majority == pytest.approx(max(map(reference.count, reference)) / len(pairs))
-    macro = f1_score(reference, filled, labels=present, average="macro", zero_division=0)
+    macro = f1_score(reference, filled, labels=present, average="macro", zero_division=0)  # type: ignore[arg-type]
     assert found.macro_f1 == pytest.approx(macro)
     if len(set(filled) | set(reference)) > 1:
         assert found.kappa == pytest.approx(cohen_kappa_score(reference, filled))
