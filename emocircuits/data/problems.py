@@ -90,7 +90,6 @@ class Problem:
         return ""
 
 
-@cache
 def load_problems(split: str | None = "test", path: str | Path | None = None) -> tuple[Problem, ...]:
     """The problems of a split ("test": 72; "shot": 6 worked examples; None: all), of the packaged file or your own.
 
@@ -98,12 +97,21 @@ def load_problems(split: str | None = "test", path: str | Path | None = None) ->
     """
     if split not in (*SPLITS, None):
         raise unknown("split", split, SPLITS)
-    file = Path(__file__).with_name("problems.jsonl") if path is None else Path(path).expanduser()
+    problems = _packaged() if path is None else _read(Path(path).expanduser())
+    return tuple(problem for problem in problems if split in (problem.split, None))
+
+
+@cache
+def _packaged() -> tuple[Problem, ...]:
+    return _read(Path(__file__).with_name("problems.jsonl"))
+
+
+def _read(file: Path) -> tuple[Problem, ...]:
     problems = tuple(_parse(row, f"{file}, line {line}") for line, row in read_rows(file))
     ids = [problem.id for problem in problems]
     if twice := next((i for i in ids if ids.count(i) > 1), None):
-        raise InputError(f"problem id {twice!r} is there twice; ids are unique")
-    return tuple(problem for problem in problems if split in (problem.split, None))
+        raise InputError(f"{file}: the problem id {twice!r} is there twice; ids are unique")
+    return problems
 
 
 def few_shot_prompt(problem: Problem, shots: Iterable[Problem], seed: int = 0, *, reasoning: bool = True) -> str:

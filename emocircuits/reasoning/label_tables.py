@@ -48,7 +48,7 @@ def from_table(trace: Trace, table: str, taxonomy: Taxonomy | None = None) -> Tr
             raise InputError(f"{where}: step {row['step']!r} is not one of the trace's 0..{len(trace) - 1}")
         if step in labels:
             raise InputError(f"{where}: step {step} was already given; keep one row for each step")
-        if "text" in row and _one_line(row["text"]) != _one_line(trace.steps.texts[step]):
+        if "text" in row and _unmarked(row["text"]) != _unmarked(trace.steps.texts[step]):
             raise InputError(f"{where}: the text is not that of step {step}; is this the table of another trace?")
         labels[step] = _label(row["label"].strip(), taxonomy, where)
         links[step] = _sources(row.get("depends_on", ""), step, where)
@@ -98,8 +98,13 @@ def _sources(cell: str, step: int, where: str) -> tuple[int, ...]:
 
 def _one_line(text: str) -> str:
     """The text without line breaks, and with a mark that keeps a spreadsheet from taking it for a formula."""
-    line = " ".join(text.replace("\0", " ").split()).removeprefix("'")
+    line = " ".join(text.replace("\0", " ").split())
     return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
+
+
+def _unmarked(text: str) -> str:
+    """What of a step's text survives a spreadsheet, with or without the mark."""
+    return _one_line(text).lstrip("' ")
 
 
 # ---------------------------------------------------------------------------------------------- agreement, tables
