@@ -32,7 +32,8 @@ class EndpointEngine:
 
     Texts are streamed, so that a continuation whose answer is complete is not paid for to its end. Each job has its
     own seed, but how much that fixes is the server's affair. A server with prefix caching reads a prefix once.
-    `n_tokens` is the server's count, or that of the streamed pieces where a text was cut short.
+    `n_tokens` is the server's count; where a text was left early and the server counts at the end only, it is the
+    number of streamed pieces.
     """
 
     computed_tokens: int | None = None
@@ -112,7 +113,7 @@ class EndpointEngine:
             "top_p": sampling.top_p,
             "seed": seed,
             "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             **{name: value for name, value in optional.items() if value},
         }
 

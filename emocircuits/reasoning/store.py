@@ -63,7 +63,8 @@ class RolloutStore:
             fresh: dict[Key, Rollout] = {}
             for r in rollouts:
                 key = (r.boundary, r.index)
-                if key not in self._held or (r.finish != "error" and self._is_missing(key)):
+                known = fresh.get(key) or self._held.get(key)
+                if known is None or (known.finish == "error") > (r.finish == "error"):
                     fresh[key] = r
             append(*map(_plain, fresh.values()))
         return len(fresh)
