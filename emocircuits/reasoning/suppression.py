@@ -24,12 +24,11 @@ from ..activations.attention import Call, Proceed, around_attention
 from ..activations.knockout import hide
 from ..activations.restart import logits_of
 from ..activations.rows import attention_layers, in_blocks
-from ..errors import HookError, InputError, unknown
+from ..errors import HookError, InputError
 from ..models.anatomy import resolve, unwrap
-from .receivers import checked, far, step_means
+from .tokens import checked, far, shift_of, step_means
 
 KIND = "suppression"
-ALIGN = ("predict", "compat")
 FLOOR = 1e-9
 """Added to a KL before its logarithm, as published."""
 PASS_TOKENS, KEPT, LOGITS = 1024, 2**26, 2**24
@@ -117,9 +116,9 @@ def suppression_matrix(
     HookError for a model without an LM head, or with a layer without softmax attention.
     """
     tokens, bounds = checked(ids, bounds)
-    _check(align, temperature, batch=batch, first_k=first_k)
+    shift = shift_of(align)
+    _check(temperature, batch=batch, first_k=first_k)
     clean = _Clean(model, tokens[:, : bounds[-1]], layers)
-    shift = int(align == "predict")
     sources, length, width = _sources(bounds, shift, clean.everywhere), *clean.hidden.shape
     task = progress.add_task("hiding each step", total=len(sources)) if progress else None
 
@@ -139,9 +138,7 @@ def suppression_matrix(
     return SuppressionMatrix(kl, log_kl, noise, bounds, temperature, align, first_k, hidden_in)
 
 
-def _check(align: str, temperature: float, **counts: int | None) -> None:
-    if align not in ALIGN:
-        raise unknown("alignment", align, ALIGN)
+def _check(temperature: float, **counts: int | None) -> None:
     if not temperature > 0:
         raise InputError(f"the temperature must be above 0, not {temperature:g}: at 0 there is no distribution")
     for name, value in counts.items():
