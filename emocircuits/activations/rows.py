@@ -18,6 +18,8 @@ from .sites import expand_layers
 
 CELLS = 2**20
 """Scores held at once, over all heads of a layer."""
+BLOCK = 256
+"""Queries that one call of a kernel computes in `in_blocks`."""
 KERNELS = ("sdpa", "eager")
 
 
@@ -103,6 +105,19 @@ def some_queries(call: Call, start: int, stop: int) -> tuple[Call, slice]:
         call, query=call.query[:, :, start:stop], key=call.key[:, :, keys], value=call.value[:, :, keys], mask=mask,
         kwargs={**call.kwargs, "scaling": call.scaling, "is_causal": False},
     ), keys  # fmt: skip
+
+
+def in_blocks(call: Call, proceed: Proceed) -> Any:
+    """What the kernel returns, computed for a block of queries at a time on the keys that these see.
+
+    A kernel that is given a mask computes every score, also where the mask hides it: half of them for a causal text,
+    and nearly all of a long one with a sliding window.
+    """
+    length = call.query.shape[2]
+    if length <= BLOCK:
+        return proceed(call)
+    blocks = (some_queries(call, start, min(start + BLOCK, length))[0] for start in range(0, length, BLOCK))
+    return torch.cat([proceed(block)[0] for block in blocks], dim=1), None
 
 
 def by_queries(call: Call, start: int, stop: int) -> Iterator[tuple[slice, slice, Call, Tensor]]:

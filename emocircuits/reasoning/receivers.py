@@ -16,42 +16,10 @@ from ..activations.attention import Call
 from ..activations.rows import by_queries, read_attention
 from ..errors import InputError, unknown
 from ..models.anatomy import resolve, unwrap
+from .tokens import checked, far, step_means
 
 Head = tuple[int, int]
 """(layer, head)."""
-
-
-def checked(ids: Tensor | Sequence[int], bounds: Sequence[int], least: int = 2) -> tuple[Tensor, tuple[int, ...]]:
-    """Token ids [1, T] of one text, and step bounds that fit them; raises InputError where they do not."""
-    tokens = torch.as_tensor(ids)
-    if tokens.dim() == 1:
-        tokens = tokens[None]
-    if tokens.dim() != 2 or len(tokens) != 1 or tokens.is_floating_point():
-        raise InputError(f"token ids must be those of one text, [T] or [1, T]; these have shape {list(tokens.shape)}")
-    found = tuple(int(b) for b in bounds)
-    if len(found) <= least:
-        raise InputError(f"{max(len(found) - 1, 0)} step(s) were given; at least {least} are needed, as n + 1 bounds")
-    if found[0] < 0 or found[-1] > tokens.shape[1] or any(a > b for a, b in zip(found, found[1:])):
-        raise InputError(
-            f"step bounds must rise within the text's {tokens.shape[1]} tokens, but run from {min(found)} to"
-            f" {max(found)}; take them from the same tokens (Steps.token_bounds)"
-        )
-    return tokens, found
-
-
-def step_means(spans: Sequence[tuple[int, int]], length: int) -> Tensor:
-    """[length, n] weights that average over the tokens of each span; all 0 for a span without tokens."""
-    weights = torch.zeros(length, len(spans))
-    for step, (start, stop) in enumerate(spans):
-        weights[max(start, 0) : max(stop, 0), step] = 1 / max(stop - start, 1)
-    return weights
-
-
-def far(n: int, min_distance: int) -> Tensor:
-    """[n, n] True where row i is at least `min_distance` steps after column j."""
-    if min_distance < 1:
-        raise InputError(f"min_distance must be at least 1, not {min_distance}: a step does not look back to itself")
-    return torch.ones(n, n, dtype=torch.bool).tril(-min_distance)
 
 
 def attention_blocks(model: Any, ids: Tensor | Sequence[int], bounds: Sequence[int]) -> Tensor:

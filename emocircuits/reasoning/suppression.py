@@ -23,13 +23,12 @@ from ..activations import capture
 from ..activations.attention import Call, Proceed, around_attention
 from ..activations.knockout import hide
 from ..activations.restart import logits_of
-from ..activations.rows import attention_layers
-from ..errors import HookError, InputError, unknown
+from ..activations.rows import attention_layers, in_blocks
+from ..errors import HookError, InputError
 from ..models.anatomy import resolve, unwrap
-from .receivers import checked, far, step_means
+from .tokens import checked, far, shift_of, step_means
 
 KIND = "suppression"
-ALIGN = ("predict", "compat")
 FLOOR = 1e-9
 """Added to a KL before its logarithm, as published."""
 PASS_TOKENS, KEPT, LOGITS = 1024, 2**26, 2**24
@@ -117,14 +116,14 @@ def suppression_matrix(
     HookError for a model without an LM head, or with a layer without softmax attention.
     """
     tokens, bounds = checked(ids, bounds)
-    _check(align, temperature, batch=batch, first_k=first_k)
+    shift = shift_of(align)
+    _check(temperature, batch=batch, first_k=first_k)
     clean = _Clean(model, tokens[:, : bounds[-1]], layers)
-    shift = int(align == "predict")
     sources, length, width = _sources(bounds, shift, clean.everywhere), *clean.hidden.shape
     task = progress.add_task("hiding each step", total=len(sources)) if progress else None
 
     def one_pass(part: list[_Source]) -> bool:
-        return len(part) <= batch if batch else len(part) * (length - part[0].first) <= PASS_TOKENS
+        return len(part) <= batch if batch else sum(length - s.first for s in part) <= PASS_TOKENS
 
     rows = []
     for group in _split(sources, lambda part: sum(length - s.first for s in part) * width <= KEPT):
@@ -139,9 +138,7 @@ def suppression_matrix(
     return SuppressionMatrix(kl, log_kl, noise, bounds, temperature, align, first_k, hidden_in)
 
 
-def _check(align: str, temperature: float, **counts: int | None) -> None:
-    if align not in ALIGN:
-        raise unknown("alignment", align, ALIGN)
+def _check(temperature: float, **counts: int | None) -> None:
     if not temperature > 0:
         raise InputError(f"the temperature must be above 0, not {temperature:g}: at 0 there is no distribution")
     for name, value in counts.items():
@@ -153,11 +150,10 @@ def _sources(bounds: Sequence[int], shift: int, everywhere: bool) -> list[_Sourc
     """Every step with tokens and a later one, in order, then the control, which hides nothing from the last step."""
     full = [i for i, (start, stop) in enumerate(zip(bounds, bounds[1:])) if start < stop]
     if len(full) < 2:
-        raise InputError(
-            f"{len(full)} step(s) have tokens of their own; at least 2 are needed for one to affect another"
-        )
-    made = [_Source(i, bounds[i], bounds[i + 1], bounds[i + 1] - shift if everywhere else bounds[i]) for i in full[:-1]]
-    last = bounds[full[-1]]
+        raise InputError(f"{len(full)} step(s) have tokens of their own; one can affect another only if 2 have")
+    spans = ((i, bounds[i], bounds[i + 1]) for i in full)
+    made = [_Source(i, a, b, b - shift if everywhere else a) for i, a, b in spans]
+    last = made.pop().start
     return [*made, _Source(None, last, last, last - shift)]
 
 
@@ -197,30 +193,45 @@ class _Clean:
             return capture(self.module, inputs, "final_norm", positions="all")["final_norm", 0]
 
     def without(self, sources: Sequence[_Source]) -> list[Tensor]:
-        """[T - first, d] final hidden states of each source, from one pass over the tokens after the earliest."""
+        """[T - first, d] final hidden states of each source, from one pass over the tokens that each can change.
+
+        They stand one after the other in one row: all a model does but attention is done token by token, and attention
+        is called for each source alone, with the clean keys and values before its first token.
+        """
         length = self.ids.shape[1]
-        start = min(s.first for s in sources) if self.takes_positions else 0
         columns = torch.arange(length)
-        hidden = torch.stack([(columns >= s.start) & (columns < s.stop) for s in sources])[:, None, None]
-        masks: dict[Any, Tensor | None] = {}
+        starts = [s.first if self.takes_positions else 0 for s in sources]
+        hidden = [(columns >= s.start) & (columns < s.stop) for s in sources]
+        masks: dict[Any, Tensor | None] = {}  # layers of a kind share one
 
         def handler(call: Call, proceed: Proceed) -> Any:
-            clean = self.calls[call.layer]
-            key, value = (
-                torch.cat([old[:, :, :start].expand(len(sources), -1, -1, -1), new], dim=2)
-                for old, new in ((clean.key, call.key), (clean.value, call.value))
-            )
-            mask = None if clean.mask is None else clean.mask[..., start:, :length]
-            whole = replace(call, key=key, value=value, mask=mask)
-            name = (id(clean.mask), call.layer in self.layers, key.device)
-            if name not in masks:  # layers of a kind share one
-                masks[name] = hide(whole, hidden.to(key.device) & name[1]).mask
-            return proceed(replace(whole, mask=masks[name]))
+            sizes, clean = [length - start for start in starts], self.calls[call.layer]
+            outputs = []
+            for i, own in enumerate(zip(*(x.split(sizes, dim=2) for x in (call.query, call.key, call.value)))):
+                part = _continued(replace(call, query=own[0], key=own[1], value=own[2]), clean, starts[i])
+                name = (i, id(clean.mask), call.layer in self.layers, part.key.device)
+                if name not in masks:
+                    masks[name] = hide(part, (hidden[i] & name[2]).to(part.key.device)).mask
+                outputs.append(in_blocks(replace(part, mask=masks[name]), proceed)[0])
+            return torch.cat(outputs, dim=1), None
 
-        rows = self.ids[:, start:].expand(len(sources), -1)
-        positions = {"position_ids": columns[start:].expand(len(sources), -1)} if self.takes_positions else {}
-        states = self._run(handler, rows, **positions)
-        return [x[s.first - start :] for x, s in zip(states, sources)]
+        positions = torch.cat([columns[start:] for start in starts])[None]
+        states = self._run(
+            handler,
+            self.ids[:, positions[0]],
+            **({"position_ids": positions} if self.takes_positions else {}),
+        )
+        parts = states[0].split([length - start for start in starts])
+        return [x[s.first - start :] for x, s, start in zip(parts, sources, starts)]
+
+
+def _continued(call: Call, clean: Call, start: int) -> Call:
+    """The call of the tokens from `start` on, with the clean pass's keys, values and mask for what is before them."""
+    key, value = (
+        torch.cat([old[:, :, :start], new], dim=2) for old, new in ((clean.key, call.key), (clean.value, call.value))
+    )
+    mask = None if clean.mask is None else clean.mask[..., start:, : key.shape[2]]
+    return replace(call, key=key, value=value, mask=mask)
 
 
 def token_kl(model: nn.Module, clean: Tensor, moved: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
@@ -247,7 +258,7 @@ def token_kl(model: nn.Module, clean: Tensor, moved: Sequence[Tensor], temperatu
 
 def _log_probabilities(model: nn.Module, hidden: Tensor, temperature: float) -> Tensor:
     """[N, V] float32; below e^-80, which no sum can notice, all are e^-80, so that ratios stay finite."""
-    return (logits_of(model, hidden).float() / temperature).log_softmax(-1).clamp_min_(-80)
+    return logits_of(model, hidden).float().div_(temperature).log_softmax(-1).clamp_min_(-80)
 
 
 def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -256,7 +267,7 @@ def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     No term is negative, so nothing cancels: effects far below float32's 1e-7 are still numbers, not noise.
     """
     d = log_q.sub_(log_p)
-    return torch.linalg.vecdot(p, d.expm1().sub_(d))
+    return (p[:, None] @ d.expm1().sub_(d)[:, :, None])[:, 0, 0]
 
 
 def _by_step(
