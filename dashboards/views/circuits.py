@@ -15,8 +15,7 @@ from dashboards.words import md, num
 from emocircuits import circuit_plots, live_plots, plots
 from emocircuits.report import RunData
 
-N_TEXTS = 48
-"""Texts of the run in which a unit's top contexts are looked for."""
+N_TEXTS = 48  # of the run, in which a unit's top contexts are looked for
 
 
 @dataclass(frozen=True)
