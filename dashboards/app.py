@@ -29,8 +29,8 @@ PAGES = {
 # Drawn here: the browser would fetch any of Streamlit's own icons from another machine.
 ICON = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><g stroke="#6B4FD8" stroke-width="3" fill="#6B4FD8">'
-    '<path d="M16 16 7 7M16 16 26 9M16 16 12 27" fill="none"/><circle cx="16" cy="16" r="5"/><circle cx="7" cy="7" r="3"/>'
-    '<circle cx="26" cy="9" r="3"/><circle cx="12" cy="27" r="3"/></g></svg>'
+    '<path d="M16 16 7 7M16 16 26 9M16 16 12 27" fill="none"/><circle cx="16" cy="16" r="5"/>'
+    '<circle cx="7" cy="7" r="3"/><circle cx="26" cy="9" r="3"/><circle cx="12" cy="27" r="3"/></g></svg>'
 )
 
 

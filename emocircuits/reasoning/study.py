@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def problem_traces(
     """Traces of the first `n` emotional-reasoning problems (spread over themes), under a few-shot prompt.
 
     source: "model" samples its reasoning (the first of `tries` that has three to twelve steps; a problem without one is
-    left out), "written" takes the hand-written solutions without their last sentence.
+    left out), "written" takes the hand-written solutions without their conclusion and without what they rule out.
     """
     if source not in SOURCES:
         raise unknown("source of traces", source, SOURCES)
@@ -114,10 +114,13 @@ def problem_traces(
 
 
 def _written(problem: Problem, prompt: str) -> Trace:
-    parts = [f" {sentence}" for sentence in problem.sentences[:-1]]
-    bounds = np.cumsum([0, *map(len, parts)]).tolist()
-    labels = problem.labels[:-1]
-    return Trace(prompt, Steps("".join(parts), tuple(bounds)), truth=problem.answer, labels=labels, id=problem.id)
+    """Without the conclusion, which names the answer, and without what was ruled out, which a small model repeats."""
+    kept = [(s, k) for s, k in zip(problem.sentences, problem.labels) if k not in ("alternative", "conclusion")]
+    parts = [f" {sentence}" for sentence, _ in kept]
+    bounds = tuple(accumulate(map(len, parts), initial=0))
+    return Trace(
+        prompt, Steps("".join(parts), bounds), truth=problem.answer, labels=tuple(k for _, k in kept), id=problem.id
+    )
 
 
 def _sampled(problem: Problem, prompt: str, texts: Sequence[str], plan: Plan) -> Trace | None:
