@@ -153,10 +153,10 @@ def test_a_killed_process_loses_a_few_rollouts_and_nothing_else(tmp_path: Path) 
     kept = RolloutStore(path).rollouts(3).items
     assert 15 <= len(kept) < 400
     second = Watched(local())
-    found = sweep(TRACE, second, Letters(), sampling=SAMPLING, n=12, split=split, store=path)
-    wanted = {(k, i) for k in range(4) for i in range(12)}
+    found = sweep(TRACE, second, Letters(), sampling=SAMPLING, n=8, split=split, store=path)
+    wanted = {(k, i) for k in range(4) for i in range(8)}
     assert {(j.boundary, j.index) for j in second.jobs} == wanted - {(r.boundary, r.index) for r in kept}
-    assert found == sweep(TRACE, local(), Letters(), sampling=SAMPLING, n=12, split=split)
+    assert found == sweep(TRACE, local(), Letters(), sampling=SAMPLING, n=8, split=split)
 
 
 def test_errors_are_kept_and_tried_again_by_the_next_call(tmp_path: Path) -> None:

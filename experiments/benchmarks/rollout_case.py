@@ -16,13 +16,13 @@ from emocircuits.data.scenarios import discovery
 from emocircuits.reasoning.engines import Job, LocalEngine, Sampling
 from emocircuits.reasoning.traces import Steps, Trace
 
-STEPS, ROLLOUTS, NEW_TOKENS = 7, 4, 16
+STEPS, ROLLOUTS, NEW_TOKENS = 5, 4, 12
 PLAIN, ONCE, SHARED = "one generate() a prefix", "the same, each prefix read once", "LocalEngine"
 TOKENS, TIME = "computed tokens, x plain", "time, x plain"
 
 
 def run(repetitions: int) -> list[Table]:
-    """4 rollouts of 16 tokens at each of 8 boundaries of a text on the demo model, 4 rows at a time in every way."""
+    """4 rollouts of 12 tokens at each of 6 boundaries of a text on the demo model, 4 rows at a time in every way."""
     loaded, trace = demo(), _trace()
     prefixes = [trace.prefix(k) for k in range(len(trace) + 1)]
     ids = [encode_prompt(loaded.tokenizer, prefix) for prefix in prefixes]
@@ -75,7 +75,7 @@ def _rollouts(loaded: Any, prefixes: list[str], temperature: float) -> tuple[Loc
 
 @torch.no_grad()
 def _generated(model: Any, ids: list[list[int]], temperature: float, once: bool) -> list[torch.Tensor]:
-    """New tokens [4, 16] of every prefix."""
+    """New tokens [4, 12] of every prefix."""
     torch.manual_seed(0)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95, "top_k": 0} if temperature else {
         "do_sample": False
