@@ -193,6 +193,8 @@ def test_what_cannot_work_is_said_before_anything_is_sampled(tmp_path: Path) -> 
     renamed = LocalEngine(*tiny("gemma3_text"), name="steered by 2")
     with pytest.raises(InputError, match="with another model"):
         sweep(TRACE, renamed, Letters(), sampling=SAMPLING, split=split, store=path)
+    with pytest.raises(InputError, match="with another way of answering"):
+        sweep(TRACE, engine, Boxed(), sampling=SAMPLING, split=split, store=path)
     with pytest.raises(InputError, match="need the model's logits; use a LocalEngine"):
         sweep(TRACE, Planted([0.5] * 4), Scored(), sampling=SAMPLING, split=split)
     assert engine.jobs == []
