@@ -252,6 +252,8 @@ def test_what_cannot_work_is_said_before_anything_is_computed() -> None:
         with pytest.raises(InputError, match=message):
             next(engine.complete(work, sampling))
     assert engine.computed_tokens == 0
+    with pytest.raises(InputError, match="give it some more context"):
+        LocalEngine(loaded.model, words()).likelihoods("", ("the", "rest"))
     with pytest.raises(InputError, match="batch_size must be at least 1"):
         LocalEngine(*loaded, batch_size=0)
     with pytest.raises(InputError, match="model.eval"):

@@ -20,6 +20,7 @@ from emocircuits.evaluation.statistics import (
     clustered_bootstrap,
     holm,
     mean,
+    newcombe,
     paired_test,
     wilson,
 )
@@ -246,6 +247,38 @@ class TestProportions:
         assert wilson(0, 0).reason == "no trials"
         with pytest.raises(InputError, match="between 0 and n"):
             wilson(3, 2)
+
+
+class TestNewcombe:
+    @pytest.mark.parametrize(
+        ("a", "b", "low", "high"),
+        [
+            ((56, 70), (48, 80), 0.0524, 0.3339),
+            ((9, 10), (3, 10), 0.1705, 0.8090),
+            ((5, 56), (0, 29), -0.0381, 0.1926),
+            ((0, 10), (0, 10), -0.2775, 0.2775),
+            ((10, 10), (0, 10), 0.6075, 1.0),
+        ],
+    )
+    def test_published_values(self, a, b, low, high):
+        got = newcombe(wilson(*a), wilson(*b))
+        assert (round(got.low, 4), round(got.high, 4)) == (low, high)
+        assert got.estimate == pytest.approx(a[0] / a[1] - b[0] / b[1])
+        swapped = newcombe(wilson(*b), wilson(*a))
+        assert (swapped.low, swapped.high) == pytest.approx((-got.high, -got.low))
+
+    def test_covers_the_true_difference_as_often_as_promised(self):
+        rng = np.random.default_rng(0)
+        a, b = rng.binomial(30, 0.7, 1500), rng.binomial(20, 0.4, 1500)
+        intervals = [newcombe(wilson(int(x), 30, 0.9), wilson(int(y), 20, 0.9)) for x, y in zip(a, b)]
+        assert 0.87 < np.mean([i.low <= 0.3 <= i.high for i in intervals]) < 0.94
+        assert intervals[0].confidence == 0.9
+
+    def test_no_trials_on_one_side_is_undefined_and_says_so(self):
+        got = newcombe(wilson(1, 2), wilson(0, 0))
+        assert not got.defined
+        assert math.isnan(got.estimate)
+        assert got.reason == "no trials"
 
 
 class TestHolm:

@@ -250,6 +250,8 @@ class LocalEngine:
         """
         rows = [self._encoded(text + label) for label in labels]
         shared = min(_common(rows), min(map(len, rows)) - 1)
+        if shared < 1:
+            raise InputError("labels can be scored after a text of at least one token only; give it some more context")
         tails = [row[shared:] for row in rows]
         read = self._prefixes.read(rows[0][:shared], keep=keep)
         cache, logits = None, read.logits.expand(len(rows), -1)

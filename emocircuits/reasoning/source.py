@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any
 
 from rich.progress import Progress
@@ -135,12 +135,15 @@ class Source:
         """What another store must not be mixed with, by the name that the error gives it."""
         steps = self.trace.steps
         told = repr((self.trace.prompt, steps.text, steps.bounds, self.trace.truth))
-        rule = {"stem": self.answers.stem, "labels": list(self.answers.labels)} if self.scored else {"stem": self.stem}
+        rule: dict[str, Any] = {"stem": self.stem, "closing": self.closing, "forced": self.forced}
+        if self.scored:
+            rule |= {"stem": self.answers.stem, "labels": list(self.answers.labels)}
+        rule["answers"] = repr(self.answers) if is_dataclass(self.answers) else type(self.answers).__name__
         return {
             "trace": hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest(),
             "sampling": asdict(self.sampling),
             "model": dict(self.engine.identity),
-            "way of answering": {**rule, "closing": self.closing, "forced": self.forced},
+            "way of answering": rule,
         }
 
 
