@@ -13,7 +13,7 @@ from emocircuits import artefact
 from emocircuits.errors import InputError
 from emocircuits.report import RunData, read_run
 
-MANIFEST, BALANCE, TESTBED = "manifest.json", "balance.json", "nano_mllm.json"
+MANIFEST, BALANCE, TESTBED, ANCHORS = "manifest.json", "balance.json", "nano_mllm.json", "anchors.json"
 STAGES = {
     "quality": "the quality of the directions", "evaluation": "the scores on held-out scenarios",
     "dose": "the dose response", "texts": "the texts", "circuits": "the circuits",
@@ -53,9 +53,11 @@ def find(path: str | Path) -> Place:
 
 
 def kind(folder: Path) -> str:
-    """What a folder holds: "run", "circuits" (the circuit part of a run by itself), or "modality"."""
+    """What a folder holds: "run", "circuits" (the circuit part of a run by itself), "modality" or "reasoning"."""
     if (folder / TESTBED).is_file() or (folder / BALANCE).is_file():
         return "modality"
+    if (folder / ANCHORS).is_file():
+        return "reasoning"
     return "circuits" if (folder / "circuits.json").is_file() else "run"
 
 

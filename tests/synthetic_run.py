@@ -91,6 +91,53 @@ def write_balance(path: Path) -> Path:
     return path
 
 
+def write_anchors(path: Path, steps: int = 5, n: int = 3) -> Path:
+    """A run of `emocircuits anchors` with synthetic numbers, summed up by the library."""
+    from emocircuits.reasoning.findings import page, summary
+    from emocircuits.reasoning.study import _clean
+
+    rng, emotions = np.random.default_rng(0), ["anger", "fear", "joy"]
+
+    def rows(scale: float) -> list[dict[str, Any]]:
+        names = ("value", "low", "high", "floor", "p", "headroom", "none_rate")
+        made = [dict(zip(names, rng.uniform(0, scale, len(names)).tolist())) for _ in range(steps)]
+        return [{**row, "n_without": 4, "n_with": 4, "reason": ""} for row in made]
+
+    parts = []
+    for i in range(n):
+        shares = rng.dirichlet(np.ones(3), steps + 1).T
+        lower = np.where(np.tril(np.ones((steps, steps)), -1) > 0, rng.uniform(size=(steps, steps)), np.nan)
+        found = {"shares": dict(zip(emotions, shares.tolist()))}
+        part = {
+            "id": f"p{i}", "steps": [f"Step {k} of <b>trace</b> {i}." for k in range(steps)],
+            "labels": [("cause", "goal")[k % 2] for k in range(steps)], "truth": "fear", "answer": None,
+            "tokens": [5] * steps, "forced": {**found, "kl": rows(1.0)},
+            "sampled": {**found, "tokens": 40, "resampling": rows(1.0), "counterfactual": rows(1.0)},
+            "receivers": {
+                "kurtosis": rng.normal(size=(4, 4)).tolist(), "vertical": rng.uniform(size=(4, 4, steps)).tolist(),
+            },
+            "suppression": {"kl": lower.tolist(), "on_answer": rng.uniform(size=steps).tolist(), "noise": 1e-9},
+            "emotion": {
+                "layer": 2, "emotions": emotions, "carried": rng.normal(size=(steps, 3)).tolist(), "judged": "fear",
+                "pushed": "joy", "doses": [-0.1, 0.1], "odds": rng.normal(size=(steps, 2)).tolist(),
+                "everywhere": [-1.0, 1.0], "control": rng.normal(size=(steps, 2)).tolist(),
+                "control_everywhere": [0.0, 0.1], "clean": 0.3,
+            },
+        }  # fmt: skip
+        parts.append(_clean(part))
+        write_json_atomic(path / f"trace_p{i}.json", parts[-1])
+        told = [
+            {"boundary": 0, "index": k, "text": "So. <i>It</i> goes.", "step": "So.", "answer": "fear"} for k in (0, 1)
+        ]
+        write_jsonl_atomic(path / f"trace_p{i}.rollouts.jsonl", [{"kind": "rollouts", "version": 1}, *told])
+    found = _clean(summary(parts))
+    settings = {"kind": "anchors", "model": {"name": "synthetic/lm"}, "plan": {}, "seed": 0}
+    write_json_atomic(path / "manifest.json", {"kind": "run", "settings": settings, "stages": {}})
+    write_json_atomic(path / "anchors.json", found)
+    (path / "report.html").write_text(page(found, parts, "synthetic/lm"))
+    return path
+
+
 def letters() -> Any:
     """A real fast tokenizer of the zoo's vocabulary: letters, a few signs, and a BOS."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

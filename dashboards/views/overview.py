@@ -14,14 +14,15 @@ DOSES = {
     "coherent": "Coherent expression", "perplexity": "Median perplexity",
     "expression": "Expression, coherent or not", "degenerate": "Degenerate texts",
 }  # fmt: skip
+ELSEWHERE = {"modality": "modalities", "reasoning": "reasoning traces"}
 VIEWS = ("Result", "Cost", "Texts", "Judge")
 
 
 def show(data: RunData) -> None:
     """The headline and key figures, then one view."""
-    if folders.kind(data.path) == "modality":
-        st.info("This folder is about modalities.")
-        st.page_link("views/modality.py", label="Open its page", icon=":material/graphic_eq:")
+    if (kind := folders.kind(data.path)) in ELSEWHERE:
+        st.info(f"This folder is about {ELSEWHERE[kind]}.")
+        st.page_link(f"views/{kind}.py", label="Open its page", icon=":material/arrow_forward:")
         return
     st.subheader(md(data.model), anchor=False)
     for sentence in headline(data):

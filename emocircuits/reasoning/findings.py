@@ -220,10 +220,11 @@ def page(found: Part, parts: Sequence[Part], model: str) -> str:
     made.add("receivers", "Receiver heads", _receivers(made, found))
     for i, part in enumerate(parts[:6]):
         made.add(f"trace-{i}", f"Trace {part['id'] or i}", _trace(made, part))
-    return made.render(f"<h1>{esc(made.title)}</h1>{''.join(f'<p>{s}</p>' for s in _said(found))}")
+    return made.render(f"<h1>{esc(made.title)}</h1>{''.join(f'<p>{s}</p>' for s in sentences(found))}")
 
 
-def _said(found: Part) -> list[str]:
+def sentences(found: Part) -> list[str]:
+    """The findings in words, whichever way they came out; HTML."""
     said = [f"{found['n_traces']} traces with {found['n_steps']} steps."]
     answers = found["answers"]
     if answers["n_known"]:
