@@ -1,8 +1,8 @@
 """Ablate chosen heads beside random ones: any measure of a model's behaviour, under every draw.
 
 Heads are zeroed where heads are: in z, the input of o_proj. The published code (Thought Anchors, arXiv 2506.19143)
-zeroes slices of attention's output, which mix all heads. Random heads are as many in each layer, and in a second control
-of about the same norm too, because heads that add much do more damage whatever they are for.
+zeroes slices of attention's output, which mix all heads. Random heads are as many in each layer, in a second control
+also of about the same norm, because heads that add much do more damage whatever they are for.
 """
 
 from __future__ import annotations
