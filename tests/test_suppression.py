@@ -20,6 +20,7 @@ from emocircuits.activations.restart import logits_of
 from emocircuits.errors import HookError, InputError
 from emocircuits.reasoning import suppression
 from emocircuits.reasoning.suppression import SuppressionMatrix, outgoing, suppression_matrix, token_kl
+from emocircuits.reasoning.traces import Steps
 
 BOUNDS = (4, 9, 9, 15, 22, 23, 31)  # step 1 has no token, step 4 has one
 STEPS = [0, 2, 3, 4, 5]
@@ -210,6 +211,19 @@ def test_round_trip(tmp_path: Path) -> None:
             torch.testing.assert_close(getattr(read, name), getattr(made, name), rtol=0, atol=0, equal_nan=True)
         for name in ("noise", "bounds", "temperature", "align", "first_k", "layers"):
             assert getattr(read, name) == getattr(made, name)
+
+
+@pytest.mark.real_model
+def test_the_real_model_misses_the_sentence_that_holds_the_answer(demo: Any) -> None:
+    sentences = (
+        "The password of the red door is 7381.", " It was raining all day in the old town.",
+        " Nobody had seen the cat since Monday.", " To open the red door, you must type the password 7381.",
+    )  # fmt: skip
+    steps = Steps("".join(sentences), tuple(len("".join(sentences[:i])) for i in range(5)))
+    encoded = demo.tokenizer(steps.text, return_offsets_mapping=True)
+    found = suppression_matrix(demo.model, encoded["input_ids"], steps.token_bounds(encoded["offset_mapping"]))
+    assert float(found.kl[3, 0]) > 5 * float(found.kl[3, 1:3].max())
+    assert found.noise < 1e-9
 
 
 # ---------------------------------------------------------------- the general tool, and failures
