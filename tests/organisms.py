@@ -93,3 +93,36 @@ def _neuron(model: LlamaForCausalLM, layer: int, neuron: int, source: int, targe
     mlp.gate_proj.weight[neuron, CONSTANT] = 1.0
     mlp.up_proj.weight[neuron, source] = 3.0
     mlp.down_proj.weight[target, neuron] = 0.5
+
+
+# ---------------------------------------------------------------- a receiver head
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """A Llama in which `head` looks back to the tokens of step `step` of a trace and no other head cares."""
+
+    model: LlamaForCausalLM
+    head: tuple[int, int] = (2, 1)
+    step: int = 3
+
+    def trace(self, seed: int = 0, n: int = 12) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Token ids [1, T] and the bounds of n steps of 3 to 6 tokens; the tokens of `step` are of their own kind."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = torch.randint(3, 7, (n,), generator=generator).tolist()
+        ids = torch.randint(FILLER, EMOTION, (1 + sum(sizes),), generator=generator)
+        ids[0] = 1
+        bounds = tuple(1 + sum(sizes[:i]) for i in range(n + 1))
+        ids[bounds[self.step] : bounds[self.step + 1]] = EMOTION
+        return ids[None], bounds
+
+
+@torch.no_grad()
+def receiver(seed: int = 0) -> Receiver:
+    """The head's query reads the constant, its key the mark of the step's tokens, on a slow pair of rotary features."""
+    made = Receiver(planted(seed).model)
+    attention = made.model.model.layers[made.head[0]].self_attn
+    feature = made.head[1] * HEAD_DIM + HEAD_DIM // 2 - 1
+    attention.q_proj.weight[feature, CONSTANT] = 2.0
+    attention.k_proj.weight[feature, A.start] = 8.0
+    return made

@@ -16,7 +16,7 @@ from .attention import Call, Proceed, around_attention, probabilities
 from .capture import _quiet, _StopForward, moved
 from .sites import expand_layers
 
-CELLS = 2**20
+CELLS = 2**22
 """Scores held at once, over all heads of a layer."""
 BLOCK = 256
 """Queries that one call of a kernel computes in `in_blocks`."""

@@ -2,7 +2,7 @@
 
 Heads are zeroed where heads are: in z, the input of o_proj. The published code (Thought Anchors, arXiv 2506.19143)
 zeroes slices of attention's output, which mix all heads. Random heads are as many in each layer, in a second control
-of about the same norm too: heads that add much do more damage whatever they are for.
+also of about the same norm, because heads that add much do more damage whatever they are for.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _measured(
     asked = {name: [list(head) for head in heads] for name, heads in jobs.items()}
     values: dict[str, dict[str, float]] = {}
     if save is not None and save.is_file():
-        kept = json.loads(save.read_text("utf-8"))
+        kept = _read(save)
         if kept.get("heads") != asked:
             raise InputError(f"{save} holds another ablation (other heads, draws or seed); give another file")
         values = kept["values"]
@@ -222,3 +222,11 @@ def _measured(
         if progress is not None and task is not None:
             progress.advance(task)
     return values
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); give the file of an interrupted run, or a new one") from error
+    return kept if isinstance(kept, dict) else {}

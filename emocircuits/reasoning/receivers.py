@@ -75,7 +75,7 @@ def _ranked(rows: Tensor) -> Tensor:
     values = rows.nan_to_num(torch.inf).contiguous()
     low = torch.searchsorted(ordered, values, right=False)
     high = torch.searchsorted(ordered, values, right=True)
-    return ((low + high + 1) / 2 / valid.sum(-1, keepdim=True)).masked_fill(~valid, torch.nan)
+    return ((low + high + 1).double() / 2 / valid.sum(-1, keepdim=True)).masked_fill(~valid, torch.nan)
 
 
 def kurtosis(scores: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ rows, and the rows before it never saw it. So one clean pass serves all sources,
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +26,7 @@ from ..activations.knockout import hide
 from ..activations.restart import logits_of
 from ..activations.rows import attention_layers, in_blocks
 from ..errors import HookError, InputError
-from ..models.anatomy import resolve, unwrap
+from ..models.anatomy import resolve, text_config, unwrap
 from .tokens import checked, far, shift_of, step_means
 
 KIND = "suppression"
@@ -123,7 +124,8 @@ def suppression_matrix(
     task = progress.add_task("hiding each step", total=len(sources)) if progress else None
 
     def one_pass(part: list[_Source]) -> bool:
-        return len(part) <= batch if batch else sum(length - s.first for s in part) <= PASS_TOKENS
+        rows = sum(length - s.first for s in part)
+        return rows <= clean.room and (len(part) <= batch if batch else rows <= PASS_TOKENS)
 
     rows = []
     for group in _split(sources, lambda part: sum(length - s.first for s in part) * width <= KEPT):
@@ -179,6 +181,9 @@ class _Clean:
         if self.anatomy.lm_head is None:
             raise HookError("this model has no LM head, so it gives no distribution over tokens to compare")
         self.takes_positions = "position_ids" in inspect.signature(type(self.module).forward).parameters
+        config = text_config(getattr(self.module, "config", None))
+        context = getattr(config, "max_position_embeddings", None) or math.inf
+        self.room = context if self.takes_positions else 0  # in one row; 0: for one source at a time
         self.calls: dict[int, Call] = {}
         self.hidden = self._run(self._keep, ids)[0]
 
@@ -245,7 +250,7 @@ def token_kl(model: nn.Module, clean: Tensor, moved: Sequence[Tensor], temperatu
     size = max(1, LOGITS // resolve(model).vocab_size)
     for start in range(min(length - len(x) for x in moved), length, size):
         stop = min(start + size, length)
-        log_p = _log_probabilities(model, clean[start:stop], temperature)
+        log_p = _log_probabilities(model, clean[start:stop], temperature).clamp_min_(-80)
         p = log_p.exp()
         for row, x in enumerate(moved):
             begin = max(start, length - len(x))
@@ -257,14 +262,15 @@ def token_kl(model: nn.Module, clean: Tensor, moved: Sequence[Tensor], temperatu
 
 
 def _log_probabilities(model: nn.Module, hidden: Tensor, temperature: float) -> Tensor:
-    """[N, V] float32; below e^-80, which no sum can notice, all are e^-80, so that ratios stay finite."""
-    return logits_of(model, hidden).float().div_(temperature).log_softmax(-1).clamp_min_(-80)
+    """[N, V] float32, finite also for tokens that a model rules out."""
+    return logits_of(model, hidden).float().div_(temperature).log_softmax(-1).clamp_min_(-1e4)
 
 
 def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """[N] sum of p (e^d - 1 - d), d = log q - log p, which is the KL since p and q both sum to 1.
 
-    No term is negative, so nothing cancels: effects far below float32's 1e-7 are still numbers, not noise.
+    No term is negative, so nothing cancels: effects far below float32's 1e-7 are still numbers, not noise. p is at
+    least e^-80, which no sum notices, so that e^d is finite.
     """
     d = log_q.sub_(log_p)
     return (p[:, None] @ d.expm1().sub_(d)[:, :, None])[:, 0, 0]

@@ -48,9 +48,11 @@ def checked(ids: Tensor | Sequence[int], bounds: Sequence[int]) -> tuple[Tensor,
         )
     if found[0] < 0 or found[-1] > tokens.shape[1] or any(a > b for a, b in zip(found, found[1:])):
         raise InputError(
-            f"step bounds must rise within the text's {tokens.shape[1]} tokens, not {min(found)} to {max(found)}"
-            "; take them from the same tokens (Steps.token_bounds)"
+            f"step bounds must rise within the text's {tokens.shape[1]} tokens, but go from {min(found)} to"
+            f" {max(found)}: take them from the same tokens (Steps.token_bounds)"
         )
+    if found[0] == found[-1]:
+        raise InputError("no step has a token; take the bounds from the tokens of this text (Steps.token_bounds)")
     return tokens, found
 
 

@@ -27,6 +27,7 @@ CASES = {
     "import": "imports_case",
     "reading": "reading_case",
     "rollouts": "rollout_case",
+    "reasoning": "reasoning_case",
 }
 RESULTS = Path(__file__).parent / "results"
 NOTE = (
