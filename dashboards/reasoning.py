@@ -139,7 +139,7 @@ def category_rows(found: Found) -> list[Row]:
 def push_rows(found: Found) -> list[Row]:
     """Change of the runner-up's log-odds by dose and by what was pushed."""
     columns = {"most": "most important step", "least": "least important", "everywhere": "all steps",
-               "control_everywhere": "random direction, all steps"}  # fmt: skip
+               "control_everywhere": "random direction, all steps", "beyond_random": "difference"}  # fmt: skip
     return [
         {"dose": num(r["dose"], "+.2f"), **{words: rate(r[c], "+.2f") for c, words in columns.items()}}
         for r in found["pushes"]

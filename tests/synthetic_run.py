@@ -111,7 +111,7 @@ def write_anchors(path: Path, steps: int = 5, n: int = 3) -> Path:
         part = {
             "id": f"p{i}", "steps": [f"Step {k} of <b>trace</b> {i}." for k in range(steps)],
             "labels": [("cause", "goal")[k % 2] for k in range(steps)], "truth": "fear", "answer": None,
-            "tokens": [5] * steps, "forced": {**found, "kl": rows(1.0)},
+            "named": [k % 2 for k in range(steps)], "tokens": [5] * steps, "forced": {**found, "kl": rows(1.0)},
             "sampled": {**found, "tokens": 40, "resampling": rows(1.0), "counterfactual": rows(1.0)},
             "receivers": {
                 "kurtosis": rng.normal(size=(4, 4)).tolist(), "vertical": rng.uniform(size=(4, 4, steps)).tolist(),

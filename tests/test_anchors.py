@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 from test_step_emotion import TOKENS
 
 from emocircuits import cli
+from emocircuits.data.problems import load_problems
 from emocircuits.directions import DirectionSet
 from emocircuits.errors import InputError
 from emocircuits.models.load import Loaded
@@ -162,15 +163,16 @@ def test_own_traces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["anchors", "--problems", "0", "--out", str(tmp_path / "run")]) == 2
 
 
-def test_sampled_reasoning_must_have_three_to_twelve_steps() -> None:
-    from emocircuits.data.problems import load_problems
-
+def test_sampled_reasoning_is_cut_before_the_answer_is_named() -> None:
     problem, plan = load_problems()[0], emotional_plan(PLAN)
-    texts = ["", " One step only.", " He sees it. It hurts. So he shouts.", " Never. Looked. At. Now."]
+    long = " He sees it. It hurts him. It was on purpose. He could have asked. So he feels Anger."
+    texts = ["", " Too short. So it is fear.", long.replace("Anger", "warm"), long]
     found = _sampled(problem, "P", texts, plan)
     assert found is not None
-    assert found.steps.texts == ("He sees it.", "It hurts.", "So he shouts.")
-    assert _sampled(problem, "P", texts[:2], plan) is None
+    assert found.steps.texts == ("He sees it.", "It hurts him.", "It was on purpose.", "He could have asked.")
+    assert found.prefix(4) + found.ending == "P" + long
+    assert found.answer == "anger"
+    assert _sampled(problem, "P", texts[:3], plan) is None
 
 
 def test_written_reasoning_leaves_out_what_names_emotions() -> None:

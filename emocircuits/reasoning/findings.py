@@ -19,7 +19,9 @@ from .._figures import number
 from .._report_html import Page, esc, interval, num, table
 from ..evaluation.statistics import clustered_bootstrap
 from . import plots
+from .label_tables import category_table
 from .receivers import mean_map, receiver_heads, split_half
+from .traces import Steps, Trace
 
 Part = Mapping[str, Any]
 Floats = NDArray[np.float64]
@@ -37,6 +39,7 @@ MEASURES: dict[str, tuple[str, Callable[[Part], Any]]] = {
     "carried_other": ("control: the emotion judged least likely", lambda p: _judged(p, -1)),
     "pushed": ("the judgement moves per push of the step", lambda p: _slope(p, "odds")),
     "pushed_random": ("control: random pushes of the same norm", lambda p: _slope(p, "control")),
+    "named": ("control: emotion words in the step", lambda p: p["named"]),
     "position": ("control: position", lambda p: list(range(len(p["steps"])))),
     "length": ("control: length in tokens", lambda p: p["tokens"]),
 }
@@ -138,20 +141,23 @@ def _receiver_score(part: Part, heads: Sequence[tuple[int, int]]) -> list[float]
 
 def _categories(
     parts: Sequence[Part], every: Sequence[Mapping[str, Floats]], names: Sequence[str], seed: int
-) -> list[Any]:
+) -> list[dict[str, Any]]:
     """Mean of every measure per category: within a trace first, then across traces."""
-    kinds = dict.fromkeys(kind for p in parts for kind in p["labels"] if kind)
-    rows = []
-    for kind in kinds:
-        at = [[i for i, x in enumerate(p["labels"]) if x == kind] for p in parts]
-        row: dict[str, Any] = {"category": kind, "n": sum(map(len, at))}
-        places = [np.mean([i / max(1, len(p["steps"]) - 1) for i in w]) for p, w in zip(parts, at) if w]
-        row["mean_position"] = float(np.mean(places))
-        for name in names:
-            means = [_mean(m[name][w]) for m, w in zip(every, at) if w]
-            row[name] = mean_over(means, seed)
-        rows.append(row)
-    return rows
+    kept = [(p, m) for p, m in zip(parts, every) if p["labels"]]
+    if not kept:
+        return []
+    # Only labels and places count here, so one letter stands for each step.
+    traces = [
+        Trace("", Steps("x" * n, tuple(range(n + 1))), labels=tuple(p["labels"]))
+        for p, n in ((p, len(p["steps"])) for p, _ in kept)
+    ]
+    rows: dict[str | None, dict[str, Any]] = {}
+    for name in names:
+        for found in category_table(traces, [m[name] for _, m in kept], seed=seed):
+            row = rows.setdefault(found.label, {"category": found.label, "n": 0, "mean_position": found.position})
+            row["n"] = max(row["n"], found.n)
+            row[name] = {**asdict(found.mean), "undefined": found.n_missing}
+    return [row for kind, row in rows.items() if kind is not None]
 
 
 def _mean(values: Floats) -> float:
@@ -200,8 +206,11 @@ def _pushes(parts: Sequence[Part], every: Sequence[Mapping[str, Floats]], seed: 
                 odds = np.array(p["emotion"]["odds"], dtype=float)
                 values.append(odds[pick(m["forced"]), d] if not np.isnan(m["forced"]).all() else math.nan)
             row[name] = mean_over(values, seed)
-        for name in ("everywhere", "control_everywhere"):
-            row[name] = mean_over([float(p["emotion"][name][d]) for p, _ in with_emotion], seed)
+        pushed, random = (
+            [float(p["emotion"][n][d]) for p, _ in with_emotion] for n in ("everywhere", "control_everywhere")
+        )
+        row |= {"everywhere": mean_over(pushed, seed), "control_everywhere": mean_over(random, seed)}
+        row["beyond_random"] = mean_over([a - b for a, b in zip(pushed, random)], seed)
         rows.append(row)
     return rows
 

@@ -5,6 +5,7 @@ Every trace is a stage of the run folder with a rollout store of its own, so an 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise
@@ -40,6 +41,8 @@ from .traces import Steps, Trace
 
 SOURCES = ("model", "written")
 NEXT_PROBLEM = "\nSituation:"
+LEAST, MOST = 4, 12
+"""Steps of a sampled trace, the one that names the answer left out."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Plan:
     by: str = "sentence"
     min_chars: int = 10
     distance: int = 2
-    doses: tuple[float, ...] = (-0.2, -0.1, 0.1, 0.2)
+    doses: tuple[float, ...] = (-0.08, -0.04, 0.04, 0.08)
     controls: int = 2
     n_boot: int = 500
     seed: int = 0
@@ -73,7 +76,7 @@ class Plan:
 
 def emotional_plan(plan: Plan | None = None) -> Plan:
     """A plan for the project's own problems: the few-shot format ends reasoning, and steps are sentences."""
-    return replace(plan or Plan(), stop=(ANSWER_STEM, NEXT_PROBLEM), closing="", min_chars=2)
+    return replace(plan or Plan(), stop=(ANSWER_STEM, NEXT_PROBLEM), closing="", min_chars=2, distance=1)
 
 
 def emotional_answers() -> LikelihoodAnswers:
@@ -82,13 +85,14 @@ def emotional_answers() -> LikelihoodAnswers:
 
 
 def problem_traces(
-    loaded: Loaded, plan: Plan, n: int | None = None, source: str = "model", *, tries: int = 4,
+    loaded: Loaded, plan: Plan, n: int | None = None, source: str = "model", *, tries: int = 6,
     progress: Progress | None = None,
 ) -> list[Trace]:  # fmt: skip
     """Traces of the first `n` emotional-reasoning problems (spread over themes), under a few-shot prompt.
 
-    source: "model" samples its reasoning (the first of `tries` that has three to twelve steps; a problem without one is
-    left out), "written" takes the hand-written solutions without their conclusion and without what they rule out.
+    source: "model" samples its reasoning and cuts it before the step that names the answer, which would only be copied
+    (the first of `tries` that leaves enough steps; a problem without one is left out). "written" takes the hand-written
+    solutions without their conclusion and without what they rule out.
     """
     if source not in SOURCES:
         raise unknown("source of traces", source, SOURCES)
@@ -124,12 +128,21 @@ def _written(problem: Problem, prompt: str) -> Trace:
 
 
 def _sampled(problem: Problem, prompt: str, texts: Sequence[str], plan: Plan) -> Trace | None:
-    for text in texts:
-        if text.strip():
-            trace = read_trace(prompt, text, truth=problem.answer, id=problem.id, by=plan.by, min_chars=plan.min_chars)
-            if 3 <= len(trace) <= 12:
-                return trace
+    """The first text with enough steps before the one that names its answer, which becomes the ending."""
+    for text in filter(str.strip, texts):
+        trace = read_trace(prompt, text, truth=problem.answer, id=problem.id, by=plan.by, min_chars=plan.min_chars)
+        n, answer = len(trace), next(iter(_named(trace.steps.texts[-1])), None)
+        if answer is None or not LEAST < n <= MOST:
+            continue
+        cut = trace.steps.bounds[n - 1]
+        steps = Steps(trace.steps.text[:cut], trace.steps.bounds[:n])
+        return replace(trace, steps=steps, ending=trace.steps.text[cut:], answer=answer)
     return None
+
+
+def _named(text: str) -> list[str]:
+    """The emotions that a text names, in its order."""
+    return re.findall(rf"\b(?:{'|'.join(EKMAN6)})\b", text.casefold())
 
 
 # ---------------------------------------------------------------- one trace
@@ -145,7 +158,7 @@ def measure(
     engine = LocalEngine(model, tokenizer)
     found: dict[str, Any] = {
         "id": trace.id, "steps": list(trace.steps.texts), "labels": list(trace.labels or ()), "truth": trace.truth,
-        "answer": trace.answer,
+        "answer": trace.answer, "named": [len(_named(s)) for s in trace.steps.texts],
     }  # fmt: skip
     short = replace(plan.sampling, max_new_tokens=min(32, plan.max_new_tokens))
     asked = forced(
