@@ -29,9 +29,8 @@ class _Encode(Function):
     """Passes on the values [B, k] of the chosen `latents` of x [B, d]; backward touches those k per row only."""
 
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, latents: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_in: Tensor
-    ) -> Any:
+    def forward(ctx: Any, values: Tensor, latents: Tensor, x: Tensor, *weights: Tensor) -> Any:
+        W_enc, _, b_in = weights
         ctx.save_for_backward(values, latents, x, W_enc, b_in)
         return values.view_as(values)
 
