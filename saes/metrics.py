@@ -107,7 +107,7 @@ def check_width(sae: Coder, x: Tensor) -> None:
 
 def explained_variance(x: Tensor, reconstruction: Tensor) -> float:
     """1 - sum |x - x'|^2 / sum |x - mean|^2 of vectors [N, d]; NaN when they are all the same."""
-    return _explained(float((x - reconstruction).double().pow(2).sum()), x)
+    return _explained(float((x - reconstruction).detach().double().pow(2).sum()), x)
 
 
 def _explained(error: float, x: Tensor) -> float:

@@ -27,9 +27,9 @@ class Recipe:
     """Settings for tens of thousands of vectors; `options` go to SAELens's config as they are.
 
     architecture: one of `ARCHITECTURES`. width: number of latents. k: active latents per vector (exactly, on average,
-    or as JumpReLU's target; a standard SAE has `l1` instead). epochs: passes over the training vectors at most; training
-    stops early after `patience` of them without a better held-out loss. lr: Adam's, warmed up over the first `warm_up`
-    of all steps, then falling along a cosine. held_out: share of the traces that is never trained on.
+    or as JumpReLU's target; a standard SAE has `l1` instead). epochs: passes over the training vectors at most; it
+    stops early after `patience` of them without a better held-out loss. lr: Adam's, warmed up over the first share
+    `warm_up` of all steps, then falling along a cosine. held_out: share of the traces that is never trained on.
     """
 
     architecture: str = "topk"
