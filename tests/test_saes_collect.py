@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from emocircuits.activations.store import ActivationStore
 from emocircuits.errors import ArtefactError, InputError
 from emocircuits.reasoning.traces import Steps, Trace
-from saes.collect import closing_tokens, collect, paragraphs, scalings
+from saes.collect import collect, scalings
+from saes.tokens import closing_tokens, paragraphs
 from saes.vectors import stored
 
 TEXTS = [
