@@ -82,9 +82,18 @@ class Quality:
         }
 
 
-@torch.no_grad()
 def quality(sae: Coder, x: Tensor, batch_size: int = 4096) -> Quality:
     """Measure an SAE on vectors [N, d], in the units it was made for. Raises InputError when they do not fit."""
+    explained, density = fidelity(sae, x, batch_size)
+    return Quality(len(x), explained, float(density.sum()), density, nearest_cosine(sae.W_dec.detach()))
+
+
+@torch.no_grad()
+def fidelity(sae: Coder, x: Tensor, batch_size: int = 4096) -> tuple[float, Tensor]:
+    """Explained variance of vectors [N, d], and the density [d_sae] of each latent, whose sum is L0.
+
+    Raises InputError when SAE and vectors do not fit.
+    """
     check_width(sae, x)
     error, active = 0.0, torch.zeros(len(sae.W_dec), dtype=torch.float64)
     for batch in x.split(batch_size):
@@ -92,8 +101,7 @@ def quality(sae: Coder, x: Tensor, batch_size: int = 4096) -> Quality:
         codes = sae.encode(batch)
         error += float((sae.decode(codes) - batch).double().pow(2).sum())
         active += (codes != 0).sum(0).cpu()
-    density = active / len(x)
-    return Quality(len(x), _explained(error, x), float(density.sum()), density, nearest_cosine(sae.W_dec.detach()))
+    return _explained(error, x), active / len(x)
 
 
 def check_width(sae: Coder, x: Tensor) -> None:

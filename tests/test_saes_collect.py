@@ -6,11 +6,12 @@ import math
 from itertools import pairwise
 
 import pytest
+import step_model
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from step_model import TEXTS
+from transformers import LlamaForCausalLM
 
 from emocircuits.activations.store import ActivationStore
 from emocircuits.errors import ArtefactError, InputError
@@ -19,34 +20,15 @@ from saes.collect import collect, scalings
 from saes.tokens import closing_tokens, paragraphs
 from saes.vectors import stored
 
-TEXTS = [
-    "Let me think.\n\nThe sum is 12, I believe.\n\nWait, no: é!\n\n  It is 13 🙂\n\nSo 13.",
-    "First.\n\n\nSecond step here.\n \nThird",
-    "One step only, with no delimiter at all",
-]
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A byte-level BPE with a begin token, trained so that '.' and the line breaks after it merge."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore
-    inner.decoder = decoders.ByteLevel()  # type: ignore
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "<p>"], initial_alphabet=alphabet)  # type: ignore
-    inner.train_from_iterator(TEXTS * 3, trainer)
-    inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])  # type: ignore
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", pad_token="<p>")
+    return step_model.tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=256,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return step_model.model()
 
 
 def traces():
