@@ -27,15 +27,16 @@ class Recipe:
     """Settings for tens of thousands of vectors; `options` go to SAELens's config as they are.
 
     architecture: one of `ARCHITECTURES`. width: number of latents. k: active latents per vector (exactly, on average,
-    or as JumpReLU's target; a standard SAE has `l1` instead). epochs: passes over the training vectors at most; it
-    stops early after `patience` of them without a better held-out loss. lr: Adam's, warmed up over the first share
-    `warm_up` of all steps, then falling along a cosine. held_out: share of the traces that is never trained on.
+    or as JumpReLU's target). l1: the penalty of a standard SAE, in units of sqrt(d). epochs: passes over the training
+    vectors at most; it stops early after `patience` of them without a better held-out loss. lr: Adam's, warmed up over
+    the first share `warm_up` of all steps, then falling along a cosine. held_out: share of the traces that is never
+    trained on.
     """
 
     architecture: str = "topk"
     width: int = 2048
     k: int = 32
-    l1: float = 1.0
+    l1: float = 0.2
     epochs: int = 100
     patience: int = 10
     batch_size: int = 1024
@@ -79,7 +80,9 @@ class Recipe:
     def sae(self, d: int, warm_up_steps: int, metadata: Any) -> TrainingSAE[Any]:
         """A fresh SAE for vectors of size d, from torch's random state. Raises InputError for unknown options."""
         make, config = get_sae_training_class(ARCHITECTURES[self.architecture])
-        given = {"d_in": d, "d_sae": self.width, "metadata": metadata} | self._own(warm_up_steps) | dict(self.options)
+        given = (
+            {"d_in": d, "d_sae": self.width, "metadata": metadata} | self._own(d, warm_up_steps) | dict(self.options)
+        )
         known = {f.name for f in fields(config)}
         for name in given:
             if name not in known:
@@ -87,11 +90,11 @@ class Recipe:
         cfg: Any = config(**given)
         return (SparseTopKTrainingSAE if self.architecture == "topk" else make)(cfg)
 
-    def _own(self, warm_up_steps: int) -> dict[str, Any]:
+    def _own(self, d: int, warm_up_steps: int) -> dict[str, Any]:
         """What each architecture needs beyond its sizes."""
         unit = {"decoder_init_norm": 1.0}
         if self.architecture == "standard":
-            return unit | {"l1_coefficient": self.l1, "l1_warm_up_steps": warm_up_steps}
+            return unit | {"l1_coefficient": self.l1 * d**0.5, "l1_warm_up_steps": warm_up_steps}
         if self.architecture == "jumprelu":
             # A threshold moves by lr a step at most, so it starts where a random direction passes k vectors in `width`.
             share = min(self.k / self.width, 0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,20 @@ class Vectors:
         drawn = {traces[i] for i in np.random.default_rng(seed).permutation(len(traces))[:n]}
         out = np.array([name in drawn for name in names])
         return np.flatnonzero(~out), np.flatnonzero(out)
+
+
+def without_sinks(vectors: Vectors, ratio: float = 5.0) -> Vectors:
+    """The rows whose norm is at most `ratio` times the median norm; `source` then says how many were left out.
+
+    A few tokens of many models carry a norm ten times that of all others and say little. In squares they weigh a
+    hundred times as much, so an SAE that has learned nothing but them explains most of the variance.
+    """
+    x = vectors.read()
+    norms = x.norm(dim=1)
+    keep = (norms <= ratio * norms.median()).nonzero()[:, 0]
+    traces = None if vectors.traces is None else [vectors.traces[i] for i in keep.tolist()]
+    note = {"sinks_left_out": len(x) - len(keep), "sink_ratio": ratio}
+    return replace(vectors, rows=x[keep], traces=traces, source={**vectors.source, **note})
 
 
 def stored(store: ActivationStore, keys: Sequence[Key] | None = None, model: nn.Module | None = None) -> list[Vectors]:

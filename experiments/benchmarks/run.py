@@ -26,6 +26,7 @@ CASES = {
     "serving": "serving_case",
     "import": "imports_case",
     "reading": "reading_case",
+    "saes": "sae_case",
 }
 RESULTS = Path(__file__).parent / "results"
 NOTE = (
