@@ -22,7 +22,7 @@ from saes.tokens import StepTokens, place_steps
 D, WIDTH, K, ROWS = 640, 4096, 32, 4096
 OURS, DEFAULT, SPARSE = "saes, sparse TopK step", "SAELens TopK (default)", "SAELens TopK, use_sparse_activations"
 TO_DEFAULT, TO_PRODUCT, TO_BODY = "time, x SAELens default", "time, x one dense product", "time, x body"
-TRACES, SENTENCES, BATCH = 16, 12, 8
+TRACES, SENTENCES, BATCH = 4, 12, 4
 
 
 def run(repetitions: int) -> list[Table]:
