@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -63,6 +64,52 @@ class SkipFirst(Control):
 
     def factor(self, view: View, state: dict[str, Any]) -> Tensor:  # noqa: ARG002
         return (view.forward.index(view.device) >= self.tokens).float()
+
+
+@dataclass(frozen=True)
+class StepEnds(Control):
+    """On the tokens that end a step with a blank line; see `step_ends`.
+
+    whole: tokens that hold all of a blank line. heads: tokens that begin with a line break, after spaces at most; they
+    end a step behind one of the tails, which end with a line break, before spaces at most. spaces: tokens of nothing
+    else, which may stand between the two.
+    """
+
+    whole: tuple[int, ...]
+    heads: tuple[int, ...] = ()
+    tails: tuple[int, ...] = ()
+    spaces: tuple[int, ...] = ()
+
+    timed = False
+    needs_ids = True
+
+    def __post_init__(self) -> None:
+        if not self.whole and not (self.heads and self.tails):
+            raise InputError("no token of this tokenizer makes a blank line, so steps cannot be told apart by them")
+
+    def factor(self, view: View, state: dict[str, Any]) -> Tensor:  # noqa: ARG002
+        assert view.ids is not None
+        whole, heads, tails, spaces = (
+            torch.isin(view.ids, torch.tensor(t, device=view.ids.device, dtype=view.ids.dtype))
+            for t in (self.whole, self.heads, self.tails, self.spaces)
+        )
+        columns = torch.arange(view.ids.shape[1], device=view.ids.device)
+        solid = torch.where(spaces, 0, columns).cummax(1).values  # the last token that is more than spaces
+        broken = torch.nn.functional.pad(tails.gather(1, solid), (1, -1))
+        on = whole | heads & broken
+        return on[:, -view.forward.length :].float().to(view.device)
+
+
+def step_ends(tokenizer: Any) -> StepEnds:
+    """The tokens of this tokenizer that end a paragraph step. Raises InputError when it has none."""
+    # Line breaks and spaces as they are, as byte-level vocabularies write them, and as fallback bytes.
+    wanted = re.compile(r"\n|\u010a|<0x0A>|^(?:[ \t\u0120\u0109\u2581]|<0x(?:20|09)>)+$")
+    texts = {i: tokenizer.decode([i]) for name, i in tokenizer.get_vocab().items() if wanted.search(str(name))}
+    found = [
+        tuple(sorted(i for i, text in texts.items() if re.search(pattern, text)))
+        for pattern in (r"\n[^\S\n]*\n", r"^[^\S\n]*\n", r"\n[^\S\n]*$", r"^[^\S\n]+$")
+    ]
+    return StepEnds(*found)
 
 
 @dataclass(frozen=True)
@@ -243,7 +290,7 @@ class Both(Control):
                 part.observe(view, state[own], x)
 
 
-KINDS: dict[str, type[Any]] = {c.__name__: c for c in (Ramp, Window, SkipFirst, Tags, Until, Hold, Both)}
+KINDS: dict[str, type[Any]] = {c.__name__: c for c in (Ramp, Window, SkipFirst, StepEnds, Tags, Until, Hold, Both)}
 
 
 def to_data(control: Control, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 Way = Callable[[], Any]
 MIB = 1 << 20
-PACKAGES = ("torch", "transformers", "numpy", "nnsight", "transformer-lens")
+PACKAGES = ("torch", "transformers", "numpy", "nnsight", "transformer-lens", "sae-lens")
 console = Console(width=140)
 
 

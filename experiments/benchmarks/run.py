@@ -28,6 +28,7 @@ CASES = {
     "reading": "reading_case",
     "rollouts": "rollout_case",
     "reasoning": "reasoning_case",
+    "saes": "sae_case",
 }
 RESULTS = Path(__file__).parent / "results"
 NOTE = (
