@@ -6,6 +6,7 @@ second side of that comparison, `importance` the first.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -132,16 +133,19 @@ class _Prefix:
 
     def __init__(self, model: Any, ids: Sequence[int], start: int) -> None:
         device = next(unwrap(model).parameters()).device
-        self.model, self.ids = model, torch.tensor([list(ids)], device=device)
+        self.ids = torch.tensor([list(ids)], device=device)
         self.start = start if start > 1 and has_cache(model) else 0
+        before = self.ids[:, : self.start]
+        self.cache = prefix_cache(model, before, torch.ones_like(before)) if self.start else None
 
     def rows(self, n: int) -> dict[str, Any]:
         """Model inputs of n rows; each call has a cache of its own."""
-        mask = torch.ones(n, self.ids.shape[1], dtype=torch.long, device=self.ids.device)
-        if not self.start:
-            return {"input_ids": self.ids.expand(n, -1), "attention_mask": mask}
-        before = self.ids[:, : self.start]
-        cache = prefix_cache(self.model, before, torch.ones_like(before))
+        inputs = {
+            "input_ids": self.ids[:, self.start :].expand(n, -1),
+            "attention_mask": torch.ones(n, self.ids.shape[1], dtype=torch.long, device=self.ids.device),
+        }
+        if self.cache is None:
+            return inputs
+        cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(n)
-        tail = self.ids[:, self.start :].expand(n, -1)
-        return {"input_ids": tail, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+        return {**inputs, "past_key_values": cache, "use_cache": True}

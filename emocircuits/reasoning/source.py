@@ -117,16 +117,10 @@ class Source:
         if done.finish == "error":
             return rollout
         step = "" if self.forced else self._first_step(done.text)
-        chances = None
-        if self.scored:
-            text = self._prefix(done.boundary) + done.text + self.answers.stem
-            found = self.engine.likelihoods(text, self.answers.texts, keep=self.forced)
-            chances = dict(zip(self.answers.labels, found.values()))
-            answer = max(chances, key=lambda label: chances[label])
-        else:
-            answer = self.answers.extract(self.stem + done.text)
-        correct = self.answers.correct(answer, self.trace.truth)
-        return replace(rollout, step=step, answer=answer, correct=correct, probabilities=chances)
+        before = self._prefix(done.boundary)
+        return replace(rollout, step=step, **answered(
+            self.engine, self.answers, before, done.text, self.trace.truth, stem=self.stem, keep=self.forced
+        ))  # fmt: skip
 
     def _first_step(self, text: str) -> str:
         return self.split(text).texts[0] if self.split is not None and text.strip() else ""
@@ -145,6 +139,20 @@ class Source:
             "model": dict(self.engine.identity),
             "way of answering": rule,
         }
+
+
+def answered(
+    engine: Any, answers: Any, before: str, text: str, truth: str | None, *, stem: str = "", keep: bool = False
+) -> dict[str, Any]:
+    """The fields answer, correct and probabilities of a continuation `text` of what stood `before`."""
+    chances = None
+    if is_scored(answers):
+        found = engine.likelihoods(before + text + answers.stem, answers.texts, keep=keep)
+        chances = dict(zip(answers.labels, found.values()))
+        answer = max(chances, key=lambda label: chances[label])
+    else:
+        answer = answers.extract(stem + text)
+    return {"answer": answer, "correct": answers.correct(answer, truth), "probabilities": chances}
 
 
 def is_scored(answers: Any) -> bool:
