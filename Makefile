@@ -33,5 +33,5 @@ $(VENV)/demo.done: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/dev.done: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(INSTALL) -e ".[demo,dashboard,lens,multimodal,serve,dev]"
+	$(INSTALL) -e ".[demo,dashboard,lens,multimodal,sae,serve,dev]"
 	touch $@
