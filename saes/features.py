@@ -156,7 +156,7 @@ def _moments(a: Any, y: NDArray[Any], stratum: NDArray[Any], n_labels: int) -> t
     return np.asarray(sums.T @ (counts / n)), np.where(scale > 1e-9 * np.abs(scale).max(initial=1), scale, np.nan)
 
 
-def _pooled(z: Floats, null: Floats, fires: NDArray[Any]) -> Floats:
+def _pooled(z: Floats, null: NDArray[Any], fires: NDArray[Any]) -> Floats:
     """p of z [m, C] among the null [P, m, C] of latents that fire about as often."""
     p = np.full(z.shape, np.nan)
     for column in range(z.shape[1]):

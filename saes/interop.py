@@ -26,6 +26,7 @@ from .lens import SAE, hook_name, parse_hook
 from .metrics import Coder, fidelity
 from .splice import check_place
 from .tokens import Splitter, paragraphs, place_steps, read_steps
+from .vectors import is_sink
 
 MARGIN = 0.05  # of explained variance: less is no reason to doubt what is stated
 FACTORS = tuple(2.0**e for e in range(-8, 9) if e)
@@ -180,8 +181,8 @@ def check_on_model(
 ) -> HookReport:
     """`check_hook` on the model's own vectors of traces or texts: the first n rows that `reduce` reads of them.
 
-    The begin token is never read: its norm is many times that of the others. `stated` defaults to the SAE's own
-    metadata. Raises InputError when SAE and model do not match, or neither names a place.
+    The begin token and other sinks are left out: they would make up most of the variance. `stated` defaults to what the
+    SAE's metadata says. Raises InputError when SAE and model do not match, or neither names a place.
     """
     stated = stated or stated_place(sae)
     if stated is None:
@@ -197,7 +198,9 @@ def check_on_model(
             rows[key].append(x.float().cpu())
         if sum(map(len, rows[stated])) >= n:
             break
-    return check_hook(sae, {key: torch.cat(parts)[:n] for key, parts in rows.items()}, stated)
+    found = {key: torch.cat(parts)[:n] for key, parts in rows.items()}
+    kept = ~torch.stack([is_sink(x) for x in found.values()]).any(0)  # the same rows at every place
+    return check_hook(sae, {key: x[kept] for key, x in found.items()}, stated)
 
 
 @torch.no_grad()

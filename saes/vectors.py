@@ -69,15 +69,20 @@ class Vectors:
         return np.flatnonzero(~out), np.flatnonzero(out)
 
 
+def is_sink(x: Tensor, ratio: float = 5.0) -> Tensor:
+    """[N] True for rows [N, d] whose norm is more than `ratio` times the median norm."""
+    norms = x.float().norm(dim=1)
+    return norms > ratio * norms.median()
+
+
 def without_sinks(vectors: Vectors, ratio: float = 5.0) -> Vectors:
-    """The rows whose norm is at most `ratio` times the median norm; `source` then says how many were left out.
+    """The vectors but for sinks (see `is_sink`); `source` then says how many were left out.
 
     A few tokens of many models carry a norm ten times that of all others and say little. In squares they weigh a
     hundred times as much, so an SAE that has learned nothing but them explains most of the variance.
     """
     x = vectors.read()
-    norms = x.norm(dim=1)
-    keep = (norms <= ratio * norms.median()).nonzero()[:, 0]
+    keep = (~is_sink(x, ratio)).nonzero()[:, 0]
     traces = None if vectors.traces is None else [vectors.traces[i] for i in keep.tolist()]
     note = {"sinks_left_out": len(x) - len(keep), "sink_ratio": ratio}
     return replace(vectors, rows=x[keep], traces=traces, source={**vectors.source, **note})

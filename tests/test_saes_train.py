@@ -19,7 +19,7 @@ from saes._run import Run
 from saes.metrics import best_cosine, explained_variance
 from saes.recipe import ARCHITECTURES, Recipe
 from saes.train import Trained, train
-from saes.vectors import Scaling, Vectors, stored
+from saes.vectors import Scaling, Vectors, stored, without_sinks
 
 KEY = ("resid_post", 3)
 GOOD = Recipe("topk", width=48, k=2, batch_size=250, epochs=25, lr=1e-2)
@@ -236,3 +236,13 @@ def test_history_is_json(tmp_path):
     assert record["n_train"] + len(record["held_out"]) == len(X)
     assert len(record["history"]) == 5
     assert sum(record["quality"]["density_histogram"]["counts"]) == round(48 * (1 - record["quality"]["dead"]))
+
+
+def test_sinks_are_left_out_and_counted():
+    x = X.clone()
+    x[[3, 30]] *= 50
+    kept = without_sinks(replace(VECTORS, rows=x))
+    assert len(kept) == len(X) - 2
+    assert kept.source["sinks_left_out"] == 2
+    assert torch.equal(kept.read(), x[[i for i in range(len(X)) if i not in (3, 30)]])
+    assert (kept.traces or ())[3 : 3 + 17] == ["0"] * 16 + ["1"]

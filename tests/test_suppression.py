@@ -111,14 +111,14 @@ def test_hiding_a_step_is_going_on_from_a_cache_without_it() -> None:
 
 @given(
     st.integers(1, 5) | st.none(), st.sampled_from([1, 40, 10_000]), st.sampled_from([1, 600, 10**6]),
-    st.sampled_from([1, 1000, 10**6]), st.sampled_from([3, 256]),
+    st.sampled_from([1, 1000, 10**6]), st.sampled_from([1, 400, 10**6]), st.sampled_from([3, 256]),
 )  # fmt: skip
 @settings(max_examples=20)
-def test_pieces_change_nothing(batch: int | None, tokens: int, kept: int, logits: int, block: int) -> None:
+def test_pieces_change_nothing(batch: int | None, tokens: int, kept: int, logits: int, tile: int, block: int) -> None:
     model, ids = zoo.build("gemma3_text"), text("gemma3_text")
     whole = suppression_matrix(model, ids, BOUNDS)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("PASS_TOKENS", tokens), ("KEPT", kept), ("LOGITS", logits)):
+        for name, value in (("PASS_TOKENS", tokens), ("KEPT", kept), ("LOGITS", logits), ("TILE", tile)):
             patch.setattr(suppression, name, value)
         patch.setattr(rows, "BLOCK", block)
         found = suppression_matrix(model, ids, BOUNDS, batch=batch)
@@ -191,7 +191,7 @@ def test_kl_is_exact_from_tiny_to_extreme(seed: int, size: float) -> None:
     p, q = (logits_of(model, x) for x in (clean, moved))
     found = token_kl(model, clean, [moved, moved[1:]])
     expected = kl_of(p, q, 1.0)
-    torch.testing.assert_close(found[0].double(), expected, rtol=2e-3, atol=1e-13)
+    torch.testing.assert_close(found[0].double(), expected, rtol=2e-3 if size < 1 else 1e-5, atol=1e-13)
     torch.testing.assert_close(found[1, 1:], found[0, 1:])
     assert found[1, 0].isnan()
 
