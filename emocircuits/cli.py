@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     _evaluate_parser(verbs)
     _balance_parser(verbs)
     _anchors_parser(verbs)
+    _sae_parser(verbs)
     _exchange_parsers(verbs)
     _card_parser(verbs)
     _serve_parser(verbs)
@@ -168,6 +169,60 @@ def _anchors_parser(verbs: argparse._SubParsersAction) -> None:
     anchors.add_argument("--rollouts", type=int, default=12, help="at each boundary between steps; 0: white box only")
     anchors.add_argument("--max-new-tokens", type=int, default=96)
     anchors.set_defaults(run=commands.run_anchors)
+
+
+def _sae_parser(verbs: argparse._SubParsersAction) -> None:
+    sae = _verb(verbs, "sae", "sparse autoencoders on reasoning steps", "emocircuits sae demo --out runs/sae")
+    actions = sae.add_subparsers(dest="action", metavar="ACTION", required=True)
+    demo = _verb(
+        actions, "demo", "collect, train, read and steer on our texts, with controls",
+        "emocircuits sae demo --out runs/sae",
+    )  # fmt: skip
+    _run_arguments(demo, "runs/sae", "an interrupted run resumes")
+    demo.add_argument("--layer", type=int, default=12, help="of resid_post")
+    demo.add_argument("--small", action="store_true", help="a quick look, not a result")
+    demo.set_defaults(run=commands.run_sae, call="run_demo_command")
+    made = _verb(
+        actions, "collect", "one vector per step, of every wanted layer",
+        "emocircuits sae collect --model demo --texts texts.jsonl --layers 9,12 --output runs/steps",
+    )  # fmt: skip
+    made.add_argument("--model", default="demo")
+    made.add_argument("--texts", type=Path, required=True, help="JSONL with text, or prompt and completion; id, label")
+    made.add_argument("--layers", help="such as 9,12 (default: all)")
+    made.add_argument("--reduce", default="closing", help="closing (a step's last token), mean, or all")
+    made.add_argument("--output", type=Path, required=True, help="folder of the store; a stopped collection resumes")
+    made.set_defaults(run=commands.run_sae, call="run_collect")
+    fit = _verb(
+        actions, "train", "train one SAE per layer of a store",
+        "emocircuits sae train --store runs/steps --output runs/saes --width 2048 --k 32",
+    )  # fmt: skip
+    fit.add_argument("--store", type=Path, required=True)
+    fit.add_argument("--output", type=Path, required=True, help="folder; training resumes bit for bit")
+    fit.add_argument("--architecture", default="topk", help="topk, batchtopk, jumprelu, matryoshka or standard")
+    fit.add_argument("--width", type=int, default=2048)
+    fit.add_argument("--k", type=int, default=32)
+    fit.add_argument("--epochs", type=int, default=100)
+    fit.add_argument("--seed", type=int, default=0)
+    fit.set_defaults(run=commands.run_sae, call="run_train")
+    read = _verb(
+        actions, "features", "top steps of latents, and which go with which label",
+        "emocircuits sae features --sae runs/saes/resid_post.12 --store runs/steps --output features.json",
+    )  # fmt: skip
+    read.add_argument("--latent", type=int, help="this one only")
+    read.add_argument("--top", type=int, default=10)
+    read.add_argument("--seed", type=int, default=0)
+    push = _verb(
+        actions, "steer", "a latent as a steerer",
+        "emocircuits sae steer --sae runs/saes/resid_post.12 --store runs/steps --latent 17 --output l17.safetensors",
+    )  # fmt: skip
+    push.add_argument("--model", default="demo")
+    push.add_argument("--latent", type=int, required=True)
+    push.add_argument("--dose", type=float, default=0.5, help="in units of the latent's maximum activation")
+    for verb, call in ((read, "run_features"), (push, "run_steer")):
+        verb.add_argument("--sae", type=Path, required=True, help="folder of one layer's SAE")
+        verb.add_argument("--store", type=Path, required=True, help="its activations")
+        verb.add_argument("--output", type=Path, required=True)
+        verb.set_defaults(run=commands.run_sae, call=call)
 
 
 def _evaluate_parser(verbs: argparse._SubParsersAction) -> None:

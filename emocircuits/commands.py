@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, MissingPackageError
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -168,6 +168,19 @@ def run_anchors(args: argparse.Namespace) -> None:
     from .reasoning.command import anchors
 
     _say(f"report: {anchors(args)}")
+
+
+def run_sae(args: argparse.Namespace) -> None:
+    """`emocircuits sae ...`"""
+    from importlib.util import find_spec
+
+    if find_spec("sae_lens") is None:
+        raise MissingPackageError("sparse autoencoders need another package: pip install 'emocircuits[sae]'")
+    from saes import command
+
+    if getattr(args, "output", None) is not None and args.call in ("run_features", "run_steer"):
+        _writable(args.output)
+    getattr(command, args.call)(args)
 
 
 def run_card(args: argparse.Namespace) -> None:

@@ -1,0 +1,123 @@
+"""What `emocircuits sae ...` does with its arguments."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from emocircuits.activations.store import ActivationStore
+from emocircuits.artefact import read_jsonl, write_json_atomic
+from emocircuits.demo import bars
+from emocircuits.errors import InputError
+from emocircuits.models.load import load
+from emocircuits.reasoning.steps import read_trace, split
+from emocircuits.reasoning.traces import Trace
+
+from .collect import collect
+from .features import Activity, encode_all, enrichment, top_steps
+from .recipe import Recipe
+from .steering import latent_steerer
+from .study import Plan, run_demo
+from .train import Trained, train
+from .vectors import Vectors, is_sink, stored, without_sinks
+
+
+def run_demo_command(args: argparse.Namespace) -> None:
+    """`emocircuits sae demo`"""
+    plan = Plan(args.layer, seed=args.seed)
+    if args.small:
+        plan = Plan(args.layer, 256, 8, 5, 2, scenarios=12, shuffles=100, steer=2, max_new_tokens=12, seed=args.seed)
+    loaded = load(args.model)
+    with bars() as progress:
+        _say(f"tables: {run_demo(loaded, args.out, plan, progress)}")
+
+
+def run_collect(args: argparse.Namespace) -> None:
+    """`emocircuits sae collect`"""
+    traces = read_texts(args.texts)
+    layers = [int(x) for x in args.layers.split(",")] if args.layers else None
+    loaded = load(args.model)
+    with bars() as progress:
+        store = collect(
+            loaded.model, loaded.tokenizer, traces, args.output, layers=layers, reduce=args.reduce, resume=True,
+            progress=progress,
+        )  # fmt: skip
+    places = ", ".join(f"{site} {layer}" for site, layer in store.keys)
+    _say(f"{len(store)} vectors at {places}: {args.output}")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    """`emocircuits sae train`"""
+    recipe = Recipe(args.architecture, args.width, args.k, epochs=args.epochs, seed=args.seed)
+    vectors = [without_sinks(v) for v in stored(ActivationStore.open(args.store))]
+    for (site, layer), trained in train(vectors, recipe, args.output, resume=True).items():
+        q = trained.quality
+        said = f"explained variance {q['explained_variance']:.3f}, L0 {q['l0']:.1f}, dead {q['dead']:.0%}"
+        _say(f"{site} {layer}: {said} on held-out traces: {trained.path}")
+
+
+def run_features(args: argparse.Namespace) -> None:
+    """`emocircuits sae features`"""
+    trained, vectors, store = _matched(args.sae, args.store)
+    x = vectors.read()
+    keep = (~is_sink(x)).nonzero()[:, 0].tolist()
+    records, codes = [store.meta[i] for i in keep], encode_all(trained.sae, x[keep])
+    labels = [r.get("label") for r in records]
+    found: dict[str, Any] = {"sae": str(trained.path), "rows": len(records), "latents": {}}
+    shown = range(codes.shape[1]) if args.latent is None else [args.latent]
+    if len({x for x in labels if x is not None}) > 1:
+        named = enrichment(codes, labels, [r["trace"] for r in records], seed=args.seed)
+        found["enriched"] = {label: named.of(label)[: args.top] for label in named.labels}
+        if args.latent is None:
+            shown = sorted({i for latents in found["enriched"].values() for i in latents})
+    for latent in shown:
+        rows = top_steps(codes, records, latent, args.top)
+        if rows:
+            found["latents"][str(latent)] = [
+                {"activation": a, "label": r.get("label"), "trace": r["trace"], "text": r["text"]} for a, r in rows
+            ]
+    _say(f"{len(found['latents'])} latents with their top steps: {write_json_atomic(args.output, found)}")
+
+
+def run_steer(args: argparse.Namespace) -> None:
+    """`emocircuits sae steer`"""
+    trained, vectors, _ = _matched(args.sae, args.store)
+    activity = Activity.of(encode_all(trained.sae, vectors.read()))
+    loaded = load(args.model)
+    made = latent_steerer(
+        loaded.model, trained.sae, trained.key, args.latent, activity, dose=args.dose, positions="all"
+    )
+    maximum = made.provenance["maximum"]
+    _say(f"latent {args.latent}, {args.dose:g} x its maximum of {maximum:.3g}: {made.save(args.output)}")
+
+
+def read_texts(path: Path) -> list[Trace]:
+    """Traces of a JSONL file: "text", or "prompt" and "completion"; "id" and "label" are kept.
+
+    Raises InputError that names the row it cannot use.
+    """
+    traces = []
+    for i, row in enumerate(read_jsonl(path)):
+        name, label = str(row.get("id", i)), row.get("label")
+        if isinstance(row.get("completion"), str):
+            trace = read_trace(str(row.get("prompt", "")), row["completion"], id=name)
+        elif isinstance(row.get("text"), str) and row["text"].strip():
+            trace = Trace("", split(row["text"]), id=name)
+        else:
+            raise InputError(f"{path}, row {name!r}: give a text, or a prompt and a completion")
+        labels = None if label is None else (str(label),) * len(trace)
+        traces.append(Trace(trace.prompt, trace.steps, trace.ending, labels=labels, id=name))
+    return traces
+
+
+def _matched(sae: Path, store: Path) -> tuple[Trained, Vectors, ActivationStore]:
+    """The SAE and the vectors of its place in a store."""
+    trained, opened = Trained.load(sae), ActivationStore.open(store)
+    (vectors,) = stored(opened, [trained.key])
+    return trained, vectors, opened
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,304 @@
+"""`emocircuits sae demo`: a small SAE of the demo model's emotional texts and reasoning, what its latents mean, and
+whether one of them steers.
+
+Found on training scenarios, confirmed on held-out themes, steered beside latents of like sparsity and maximum, and
+beside random directions of the same norm. The report says so when nothing passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from scipy import sparse
+
+from emocircuits.activations.store import ActivationStore
+from emocircuits.card import measure
+from emocircuits.data.emotions import EKMAN6
+from emocircuits.data.problems import few_shot_prompt, load_problems
+from emocircuits.data.prompts import SPEECH
+from emocircuits.data.scenarios import ScenarioSet, discovery, heldout
+from emocircuits.errors import InputError
+from emocircuits.models.fingerprint import fingerprint
+from emocircuits.models.load import Loaded
+from emocircuits.reasoning.steps import split
+from emocircuits.reasoning.traces import Steps, Trace
+from emocircuits.runs import Run
+
+from .collect import collect
+from .features import Activity, Enrichment, encode_all, enrichment, logit_lens, top_steps
+from .metrics import baselines, quality, stability
+from .recipe import Recipe
+from .splice import recovery
+from .steering import latent_steerer, matched_latents
+from .train import Trained, train
+from .vectors import Vectors, is_sink, stored, without_sinks
+
+DOSES = (-1.0, -0.5, 0.5, 1.0, 1.5)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that determines a run. layer: of resid_post. seeds: dictionaries trained, the first one is read and steered.
+
+    scenarios: so many training scenarios (None: all). steer: held-out scenarios per dose; 0 leaves steering out.
+    """
+
+    layer: int = 12
+    width: int = 1024
+    k: int = 16
+    epochs: int = 30
+    seeds: int = 3
+    scenarios: int | None = None
+    shuffles: int = 500
+    steer: int = 8
+    matched: int = 2
+    max_new_tokens: int = 26
+    seed: int = 0
+
+
+def emotion_traces(scenarios: ScenarioSet, n: int | None = None) -> list[Trace]:
+    """Each reply to a scenario in each emotion as a trace: its label is the emotion, its id scenario/emotion."""
+    return [
+        Trace(group.text + SPEECH, steps, labels=(emotion,) * len(steps), id=f"{group.skeleton_id}/{emotion}")
+        for group, replies in scenarios.reply_groups()[:n]
+        for emotion, reply in replies.items()
+        for steps in [split(reply)]
+    ]
+
+
+def reasoning_traces() -> list[Trace]:
+    """The hand-written solutions of the emotional problems, with the appraisal of every sentence."""
+    made = []
+    for problem in load_problems():
+        parts = [f" {sentence}" for sentence in problem.sentences]
+        bounds = tuple(np.cumsum([0, *map(len, parts)]).tolist())
+        prompt = few_shot_prompt(problem, ())
+        made.append(Trace(prompt, Steps("".join(parts), bounds), labels=problem.labels, id=f"problem/{problem.id}"))
+    return made
+
+
+# ---------------------------------------------------------------- steps of a store as rows of codes
+
+
+@dataclass(frozen=True)
+class Coded:
+    """One row of codes [n, d_sae] per step (its tokens' maximum), with label, trace and text of each."""
+
+    codes: Any
+    records: list[Mapping[str, Any]]
+
+    def only(self, prefix: str, without: bool = False) -> Coded:
+        """Steps of the traces whose id begins with `prefix` (or, `without`, of the others)."""
+        kept = [i for i, r in enumerate(self.records) if str(r["trace"]).startswith(prefix) != without]
+        return Coded(self.codes[kept], [self.records[i] for i in kept])
+
+    def whole_texts(self) -> Coded:
+        """One row per trace instead, the maximum over its steps: steps of one reply are not independent."""
+        return _pooled(self.codes, self.records, [str(r["trace"]) for r in self.records])
+
+
+def coded(sae: Any, store: ActivationStore, key: tuple[str, int]) -> Coded:
+    """Codes of a store with a row per token, pooled by step; sinks are left out, as in training."""
+    x = store[key][:].float()
+    keep = (~is_sink(x)).nonzero()[:, 0].tolist()
+    records = [store.meta[i] for i in keep]
+    return _pooled(encode_all(sae, x[keep]), records, [f"{r['trace']}\0{r['step']}" for r in records])
+
+
+def _pooled(codes: Any, records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Coded:
+    _, first, group = np.unique(np.array(names), return_index=True, return_inverse=True)
+    ordered = np.argsort(group, kind="stable")
+    cuts = np.searchsorted(group[ordered], np.arange(len(first) + 1))
+    rows = [codes[ordered[a:b]].max(0) for a, b in zip(cuts, cuts[1:])]
+    return Coded(sparse.vstack(rows, format="csr"), [records[i] for i in first])
+
+
+def scenario_of(record: Mapping[str, Any]) -> str:
+    """What a row's label is shuffled within: its scenario, so that no topic counts as an emotion."""
+    return str(record["trace"]).rpartition("/")[0]
+
+
+# ---------------------------------------------------------------- the run
+
+
+def run_demo(loaded: Loaded, out: str | Path, plan: Plan | None = None, progress: Progress | None = None) -> Path:
+    """Collect, train, read and steer into the run folder `out`; returns sae.json, the tables of it all.
+
+    An interrupted run goes on where it was. Raises InputError for a layer that the model does not have.
+    """
+    plan = Plan() if plan is None else plan
+    check_layer(loaded, plan.layer)
+    run = Run(out, {"kind": "sae", "model": fingerprint(loaded.model), "plan": asdict(plan)})
+    key = ("resid_post", plan.layer)
+    replies = emotion_traces(discovery(), plan.scenarios)
+    stores = {
+        "train": _collected(run, loaded, "train", [*replies, *reasoning_traces()], plan, progress),
+        "heldout": _collected(run, loaded, "heldout", emotion_traces(heldout(), plan.scenarios), plan, progress),
+    }
+    trained = [_trained(run, stores["train"], plan, seed) for seed in range(plan.seeds)]
+    sae = trained[0].sae
+    known, unseen = (coded(sae, stores[name], key) for name in ("train", "heldout"))
+    report = {
+        "plan": asdict(plan), "quality": run.json_stage("quality", lambda: _quality(loaded, trained, stores, plan)),
+        "features": run.json_stage("features", lambda: _features(loaded, sae, known, unseen, plan)),
+    }  # fmt: skip
+    chosen = {
+        e: rows[0]["latent"] for e, rows in report["features"]["emotions"].items() if rows and rows[0]["replicates"]
+    }
+    if plan.steer:
+        activity, settings = Activity.of(known.codes), plan
+
+        def steered(emotion: str, latent: int) -> dict[str, Any]:
+            return _steered(loaded, sae, key, latent, emotion, activity, found, settings, progress)
+
+        report["steering"] = {
+            emotion: run.json_stage(f"steer_{emotion}", lambda e=emotion, i=latent: steered(e, i))
+            for emotion, latent in chosen.items()
+        }
+    return run.stage(
+        "sae", ["sae.json"], lambda: _write(run.file("sae.json"), report), lambda: run.file("sae.json")
+    )  # fmt: skip
+
+
+def _write(path: Path, report: Mapping[str, Any]) -> None:
+    from emocircuits.artefact import write_json_atomic
+
+    write_json_atomic(path, report)
+
+
+def _collected(
+    run: Run, loaded: Loaded, name: str, traces: Sequence[Trace], plan: Plan, progress: Progress | None
+) -> ActivationStore:
+    path = run.file(f"store_{name}")
+    return collect(
+        loaded.model, loaded.tokenizer, traces, path, layers=[plan.layer], reduce="all", resume=True, progress=progress
+    )
+
+
+def _trained(run: Run, store: ActivationStore, plan: Plan, seed: int) -> Trained:
+    recipe = Recipe("topk", plan.width, plan.k, epochs=plan.epochs, seed=seed)
+    vectors: list[Vectors] = [without_sinks(v) for v in stored(store)]
+    return train(vectors, recipe, run.file(f"saes/seed_{seed}"), resume=True, progress=False)["resid_post", plan.layer]
+
+
+def _quality(
+    loaded: Loaded, trained: Sequence[Trained], stores: Mapping[str, ActivationStore], plan: Plan
+) -> dict[str, Any]:
+    """Held-out themes, baselines on the same vectors, agreement of seeds, and the loss when spliced into the model."""
+    key = ("resid_post", plan.layer)
+    fit, test = (without_sinks(stored(stores[name])[0]).read() for name in ("train", "heldout"))
+    spliced = recovery(loaded.model, loaded.tokenizer, emotion_traces(heldout(), 6), trained[0].sae, key, at="all")
+    decoders = [t.sae.W_dec.detach() for t in trained]
+    return {
+        "vectors": len(fit), "held_out_themes": quality(trained[0].sae, test).as_dict(),
+        "baselines": {name: q.as_dict() for name, q in baselines(fit, test, plan.width, plan.k, plan.seed).items()},
+        "stability": asdict(stability(decoders, plan.seed)) if len(decoders) > 1 else None,
+        "recovered": spliced.recovered, "kl_recovered": spliced.kl_recovered, "tokens_scored": spliced.n,
+    }  # fmt: skip
+
+
+def _features(loaded: Loaded, sae: Any, known: Coded, unseen: Coded, plan: Plan) -> dict[str, Any]:
+    """Latents that go with an emotion on training scenarios, whether they do so on held-out themes, and appraisals."""
+    found, again = (_emotional(c, plan) for c in (known.only("problem/", without=True), unseen))
+    table = {
+        emotion: [_row(loaded, sae, known, latent, emotion, found, again) for latent in found.of(emotion)[:8]]
+        for emotion in found.labels
+        if emotion in EKMAN6
+    }
+    steps = known.only("problem/")
+    appraisal = enrichment(
+        steps.codes, [r["label"] for r in steps.records], [r["trace"] for r in steps.records],
+        shuffles=plan.shuffles, seed=plan.seed,
+    )  # fmt: skip
+    lens = logit_lens(loaded.model, loaded.tokenizer, sae.W_dec.detach().float(), 6)
+    return {
+        "emotions": table,
+        "counts": {e: len(found.of(e)) for e in found.labels},
+        "appraisals": {
+            label: [{"latent": i, "q": float(appraisal.q[i, c]), "lift": float(appraisal.lift[i, c]),
+                     "words": [w for w, _ in lens[i]]} for i in appraisal.of(label)[:4]]
+            for c, label in enumerate(appraisal.labels)
+        },
+    }  # fmt: skip
+
+
+def _emotional(given: Coded, plan: Plan) -> Enrichment:
+    whole = given.whole_texts()
+    return enrichment(
+        whole.codes, [r["label"] for r in whole.records], [scenario_of(r) for r in whole.records],
+        shuffles=plan.shuffles, seed=plan.seed,
+    )  # fmt: skip
+
+
+def _row(
+    loaded: Loaded, sae: Any, known: Coded, latent: int, emotion: str, found: Enrichment, again: Enrichment
+) -> dict[str, Any]:
+    here, there = found.labels.index(emotion), again.labels.index(emotion)
+    p, top = float(again.p[latent, there]), top_steps(known.codes, known.records, latent, 5)
+    return {
+        "latent": latent, "lift": float(found.lift[latent, here]), "z": float(found.z[latent, here]),
+        "q": float(found.q[latent, here]), "held_out_lift": _known(again.lift[latent, there]), "held_out_p": _known(p),
+        "replicates": p <= 0.05 and bool(again.z[latent, there] > 0),
+        "words": [w for w, _ in logit_lens(loaded.model, loaded.tokenizer, sae.W_dec[[latent]].detach().float(), 8)[0]],
+        "top": [{"activation": a, "label": r["label"], "text": r["text"]} for a, r in top],
+    }  # fmt: skip
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _steered(
+    loaded: Loaded, sae: Any, key: tuple[str, int], latent: int, emotion: str, activity: Activity,
+    features: Mapping[str, Sequence[Mapping[str, Any]]], plan: Plan, progress: Progress | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Dose-response of a latent, of a random direction of its norm, and of latents like it that mean something else."""
+    same = [row["latent"] for row in features[emotion]]
+    others = matched_latents(sae, activity, latent, plan.matched, exclude=same, seed=plan.seed)
+
+    def card(index: int) -> dict[str, Any]:
+        steerer = latent_steerer(loaded.model, sae, key, index, activity, positions="all")
+        return measure(
+            steerer, loaded.model, loaded.tokenizer, emotion, doses=DOSES, n_scenarios=plan.steer,
+            max_new_tokens=plan.max_new_tokens, seed=plan.seed, progress=progress,
+        )  # fmt: skip
+
+    own, controls = card(latent), [card(i) for i in others]
+    cells = {(c["method"], c["dose"]): c for c in own["cells"]}
+    best = max((d for d in DOSES if d > 0), key=lambda d: cells["steered", d]["coherent"]["estimate"] or 0.0)
+
+    def beats(other: Mapping[str, Any]) -> bool:
+        return (cells["steered", best]["coherent"]["low"] or 0.0) > (other["coherent"]["high"] or 0.0)
+
+    rivals = [cells["none", 0.0], cells["random", best]]
+    rivals += [c for card in controls for c in card["cells"] if (c["method"], c["dose"]) == ("steered", best)]
+    return {
+        "latent": latent, "matched": others, "best_dose": best, "cells": own["cells"],
+        "matched_cells": [card["cells"] for card in controls],
+        "rises": _monotone([cells["none", 0.0] if d == 0 else cells["steered", d] for d in sorted({*DOSES, 0.0})]),
+        "survives_every_control": all(map(beats, rivals)),
+    }  # fmt: skip
+
+
+def _monotone(cells: Sequence[Mapping[str, Any]]) -> float:
+    """Spearman's correlation of dose and expression over the doses."""
+    values = np.array([c["expression"]["estimate"] or 0.0 for c in cells])
+    if values.std() == 0:
+        return 0.0
+    ranks = torch.tensor(np.argsort(np.argsort(values, kind="stable"), kind="stable")).float()
+    return float(torch.corrcoef(torch.stack([torch.arange(len(values)).float(), ranks]))[0, 1])
+
+
+def check_layer(loaded: Loaded, layer: int) -> None:
+    """Raise InputError for a layer that the model does not have."""
+    from emocircuits.models.anatomy import resolve
+
+    n = resolve(loaded.model).n_layers
+    if not 0 <= layer < n:
+        raise InputError(f"this model has layers 0 to {n - 1}, not {layer}; choose another --layer")
