@@ -148,9 +148,8 @@ def run_demo(loaded: Loaded, out: str | Path, plan: Plan | None = None, progress
         "plan": asdict(plan), "quality": run.json_stage("quality", lambda: _quality(loaded, trained, stores, plan)),
         "features": run.json_stage("features", lambda: _features(loaded, sae, known, unseen, plan)),
     }  # fmt: skip
-    chosen = {
-        e: rows[0]["latent"] for e, rows in report["features"]["emotions"].items() if rows and rows[0]["replicates"]
-    }
+    found = report["features"]["emotions"]
+    chosen = {e: rows[0]["latent"] for e, rows in found.items() if rows and rows[0]["replicates"]}
     if plan.steer:
         activity, settings = Activity.of(known.codes), plan
 
