@@ -13,7 +13,7 @@ from emocircuits import artefact
 from emocircuits.errors import InputError
 from emocircuits.report import RunData, read_run
 
-MANIFEST, BALANCE, TESTBED, ANCHORS = "manifest.json", "balance.json", "nano_mllm.json", "anchors.json"
+MANIFEST, BALANCE, TESTBED, ANCHORS, SAE = "manifest.json", "balance.json", "nano_mllm.json", "anchors.json", "sae.json"
 STAGES = {
     "quality": "the quality of the directions", "evaluation": "the scores on held-out scenarios",
     "dose": "the dose response", "texts": "the texts", "circuits": "the circuits",
@@ -53,11 +53,12 @@ def find(path: str | Path) -> Place:
 
 
 def kind(folder: Path) -> str:
-    """What a folder holds: "run", "circuits" (the circuit part of a run by itself), "modality" or "reasoning"."""
+    """What a folder holds: "run", "circuits" (that part of a run by itself), "modality", "reasoning" or "features"."""
     if (folder / TESTBED).is_file() or (folder / BALANCE).is_file():
         return "modality"
-    if (folder / ANCHORS).is_file():
-        return "reasoning"
+    for name, found in ((ANCHORS, "reasoning"), (SAE, "features")):
+        if (folder / name).is_file():
+            return found
     return "circuits" if (folder / "circuits.json").is_file() else "run"
 
 

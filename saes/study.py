@@ -194,10 +194,11 @@ def _quality(
     fit, test = (without_sinks(stored(stores[name])[0]).read() for name in ("train", "heldout"))
     spliced = recovery(loaded.model, loaded.tokenizer, emotion_traces(heldout(), 6), trained[0].sae, key, at="all")
     decoders = [t.sae.W_dec.detach() for t in trained]
+    agree = stability(decoders, plan.seed) if len(decoders) > 1 else None
     return {
         "vectors": len(fit), "held_out_themes": quality(trained[0].sae, test).as_dict(),
         "baselines": {name: q.as_dict() for name, q in baselines(fit, test, plan.width, plan.k, plan.seed).items()},
-        "stability": asdict(stability(decoders, plan.seed)) if len(decoders) > 1 else None,
+        "stability": {"mean_matched_cosine": agree.mean, "random": agree.null} if agree else None,
         "recovered": spliced.recovered, "kl_recovered": spliced.kl_recovered, "tokens_scored": spliced.n,
     }  # fmt: skip
 

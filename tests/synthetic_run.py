@@ -138,6 +138,48 @@ def write_anchors(path: Path, steps: int = 5, n: int = 3) -> Path:
     return path
 
 
+def write_sae(path: Path) -> Path:
+    """A run of `emocircuits sae demo` with synthetic numbers; one emotion's latent steers, another's does not."""
+
+    def row(latent: int, **more: Any) -> dict[str, Any]:
+        top = [{"activation": 3.0, "label": "fear", "text": f"<b>Shadow</b> {latent}"}]
+        return {"latent": latent, "lift": 2.0, "z": 5.0, "q": 0.01, "words": ["dark", "run"], "top": top, **more}
+
+    def cell(method: str, dose: float, value: float) -> dict[str, Any]:
+        names = ("expression", "coherent", "degenerate")
+        return {"method": method, "dose": dose, **{n: interval(value) for n in names}}
+
+    quality = {
+        "explained_variance": 0.6, "l0": 16.0, "dead": 0.1, "max_cosine_mean": 0.3,
+        "density_histogram": {"log10_edges": [-3.0, -2.0, -1.0], "counts": [5, 2]},
+    }  # fmt: skip
+    cells = [cell("none", 0.0, 0.1), *(cell(m, d, 0.5) for m in ("steered", "random") for d in (-1.0, 1.0))]
+    steered = {
+        "latent": 3, "matched": [5], "best_dose": 1.0, "cells": cells, "matched_cells": [cells], "rises": 0.9,
+        "survives_every_control": True,
+    }  # fmt: skip
+    kept, lost = (
+        {"held_out_lift": 1.5, "held_out_p": 0.01, "replicates": True},
+        {"held_out_lift": None, "held_out_p": None},
+    )
+    report = {
+        "plan": {"layer": 2},
+        "quality": {
+            "vectors": 900, "held_out_themes": quality, "baselines": {"pca": quality}, "recovered": 0.9,
+            "kl_recovered": 0.8, "tokens_scored": 50, "stability": {"mean_matched_cosine": 0.4, "random": 0.2},
+        },
+        "features": {
+            "emotions": {"fear": [row(3, **kept), row(4, **lost)], "joy": []},
+            "counts": {"fear": 2, "joy": 0}, "appraisals": {"cause": [row(7)], "goal": []},
+        },
+        "steering": {"fear": steered, "anger": {**steered, "latent": 9, "survives_every_control": False}},
+    }  # fmt: skip
+    settings = {"kind": "sae", "model": {"name": "synthetic/lm"}, "plan": {}, "seed": 0}
+    write_json_atomic(path / "manifest.json", {"kind": "run", "settings": settings, "stages": {}})
+    write_json_atomic(path / "sae.json", report)
+    return path
+
+
 def letters() -> Any:
     """A real fast tokenizer of the zoo's vocabulary: letters, a few signs, and a BOS."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

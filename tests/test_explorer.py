@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_run import write_anchors, write_balance, write_run, write_usable_run
+from synthetic_run import write_anchors, write_balance, write_run, write_sae, write_usable_run
 
 from emocircuits import cli, explore
 from emocircuits.artefact import write_json_atomic
@@ -33,6 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json_atomic(root / "partial" / "manifest.json", {"kind": "run", "settings": {"model": "demo"}, "stages": {}})
     write_balance(root / "balance")
     write_anchors(root / "anchors")
+    write_sae(root / "sae")
     return root
 
 
@@ -73,7 +74,7 @@ def said(at: Any) -> str:
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("run", ["whole", "other", "partial", "balance", "anchors"])
+@pytest.mark.parametrize("run", ["whole", "other", "partial", "balance", "anchors", "sae"])
 def test_every_view_of_every_page_is_well_on_every_kind_of_run(home: Path, open_app: Any, run: str, view: str) -> None:
     at = open_app(home / run, view)
     well(at)
@@ -330,3 +331,26 @@ def test_a_reasoning_run_without_traces_says_so(tmp_path: Path, open_app: Any) -
     for file in path.glob("trace_*"):
         file.unlink()
     assert "This run has measured no trace yet" in said(open_app(path, "reasoning"))
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+def test_latents_are_found_by_words_and_shown_with_their_steps(home: Path, open_app: Any) -> None:
+    at = open_app(home / "sae", "features")
+    well(at)
+    assert any("<b>Shadow</b> 3" in str(t.value.get("text")) for t in at.dataframe)
+    at.text_input[0].set_value("shadow 4").run()
+    well(at)
+    assert any("<b>Shadow</b> 4" in str(t.value.get("text")) for t in at.dataframe)
+    at.text_input[0].set_value("nothing like it").run()
+    assert "No latent matches" in said(at)
+
+
+def test_steering_says_whichever_way_it_came_out(home: Path, open_app: Any) -> None:
+    at = open_app(home / "sae", "features")
+    at.segmented_control[0].set_value("Steering").run()
+    well(at)
+    words = said(at).replace("\\", "")
+    assert "At dose 1.0 it beats no steering" in words
+    assert "anger**: It does not beat every control" in words

@@ -1,18 +1,78 @@
-"""Features of a sparse autoencoder on reasoning steps; shows what `emocircuits sae` wrote."""
+"""What the latents of a sparse autoencoder mean and do; shows what `emocircuits sae demo` wrote."""
 
 from __future__ import annotations
 
-from dashboards.shell import missing, page
+import streamlit as st
+
+from dashboards import features
+from dashboards.shell import choose, draw, missing, page, place, table
+from dashboards.words import md, num, rate
 from emocircuits.report import RunData
 
-COMMAND = "emocircuits sae --help"
+COMMAND = "emocircuits sae demo --out runs/sae"
+VIEWS = ("Latents", "Steering", "Quality")
 
 
-def show(data: RunData) -> None:  # noqa: ARG001 (no run holds features yet)
-    """The empty state: nothing writes what this page will show into a run yet."""
-    missing("This run holds no features",
-            "A sparse autoencoder splits activations into features that can be named and steered, by its own command.",
-            COMMAND)  # fmt: skip
+def show(data: RunData) -> None:
+    """A run of SAEs: this one, else one beside it."""
+    here = place()
+    names = features.sources(here)
+    if not names:
+        missing("No sparse autoencoder in this folder",
+                "It learns a dictionary of reasoning steps and emotional texts, and says which entries steer.",
+                COMMAND)  # fmt: skip
+        return
+    name = data.path.name if data.path.name in names else choose("SAE run", names, "sae")
+    found = features.read(here.root / name)
+    view = choose("View", VIEWS, "view", buttons=True)
+    {"Latents": _latents, "Steering": _steering, "Quality": _quality}[view](found)
+
+
+def _latents(found: features.Found) -> None:
+    asked = st.text_input("Search", key="search", placeholder="an emotion, a word, a latent", bind="query-params")
+    matching = features.matching(found, asked or "")
+    if matching:
+        names = [f"{r['latent']} ({e})" for e, r in matching]
+        chosen = choose("Latent", names, "latent")
+        _, row = matching[names.index(chosen)]
+        st.markdown(md(f"Words that it raises on the direct path: {', '.join(row['words'])}"))
+        table(features.top_rows(row), "Steps that drive it most")
+    else:
+        st.info("No latent matches.")
+    table(features.emotion_rows(found), "Latents that go with an emotion",
+          "Labels shuffled within scenarios are the null; found on training scenarios, tested on held-out themes.")
+    table(features.appraisal_rows(found), "Latents that go with a kind of reasoning step",
+          "Our hand-written appraisals, labels shuffled within each solution.")
+
+
+def _steering(found: features.Found) -> None:
+    from saes import plots
+
+    steering = found.get("steering") or {}
+    if not steering:
+        st.info("No latent was steered: none went with an emotion on held-out themes, too, or steering was left out.")
+        return
+    emotion = choose("Emotion", list(steering), "emotion")
+    measure = choose("Measure", ("expression", "coherent", "degenerate"), "measure")
+    st.markdown(md(features.verdict(steering[emotion])))
+    draw(plots.dose_response(plots.arms_of(steering[emotion]), measure), f"{measure} by dose",
+         "Share of held-out scenarios, 95% intervals; 0 is no steering.")  # fmt: skip
+    for other, steered in steering.items():
+        if other != emotion:
+            st.markdown(f"**{md(other)}**: {md(features.verdict(steered))}")
+
+
+def _quality(found: features.Found) -> None:
+    from saes import plots
+
+    quality = found["quality"]
+    table(features.quality_rows(found), "Reconstruction of held-out themes", f"{quality['vectors']} training vectors.")
+    st.markdown(md(f"Spliced into the model, {rate(quality['recovered'])} of the loss that zeros cost is recovered "
+                   f"({quality['tokens_scored']} tokens)."))  # fmt: skip
+    if stable := quality.get("stability"):
+        said = ", ".join(f"{k.replace('_', ' ')} {num(v)}" for k, v in stable.items() if isinstance(v, (int, float)))
+        st.markdown(md(f"Agreement of dictionaries from several seeds: {said}."))
+    draw(plots.densities(quality["held_out_themes"]["density_histogram"]), "How often latents fire")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ DOSES = {
     "coherent": "Coherent expression", "perplexity": "Median perplexity",
     "expression": "Expression, coherent or not", "degenerate": "Degenerate texts",
 }  # fmt: skip
-ELSEWHERE = {"modality": "modalities", "reasoning": "reasoning traces"}
+ELSEWHERE = {"modality": "modalities", "reasoning": "reasoning traces", "features": "a sparse autoencoder"}
 VIEWS = ("Result", "Cost", "Texts", "Judge")
 
 

@@ -1,0 +1,79 @@
+"""What a run of `emocircuits sae demo` holds, as rows of text and of figures. No Streamlit in here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dashboards.folders import SAE, Place, kind, read_json
+from dashboards.words import num, p_value, rate
+
+Row = dict[str, Any]
+Found = Mapping[str, Any]
+
+
+def sources(place: Place) -> list[str]:
+    """Names of the runs that hold a studied SAE."""
+    return [name for name in place.names if kind(place.root / name) == "features"]
+
+
+def read(folder: Path) -> Found:
+    """The tables of the study; raises InputError for a damaged file."""
+    return read_json(folder / SAE)
+
+
+def quality_rows(found: Found) -> list[Row]:
+    """The SAE beside its baselines, on vectors of held-out themes."""
+    quality = found["quality"]
+    return [
+        {"what": name, "explained variance": num(q.get("explained_variance"), ".3f"), "L0": num(q.get("l0"), ".1f"),
+         "dead": rate(q.get("dead")), "nearest decoder cosine": num(q.get("max_cosine_mean"))}
+        for name, q in {"this SAE": quality["held_out_themes"], **quality["baselines"]}.items()
+    ]  # fmt: skip
+
+
+def emotion_rows(found: Found) -> list[Row]:
+    """Latents that go with an emotion, and whether they do so again on held-out themes."""
+    return [
+        {"emotion": emotion, "latent": r["latent"], "lift": num(r["lift"], ".1f"), "q": p_value(r["q"]),
+         "held-out lift": num(r["held_out_lift"], ".1f"), "held-out p": p_value(r["held_out_p"]),
+         "again on held-out themes": "yes" if r["replicates"] else "no", "words it writes": ", ".join(r["words"])}
+        for emotion, rows in found["features"]["emotions"].items()
+        for r in rows
+    ]  # fmt: skip
+
+
+def matching(found: Found, words: str) -> list[tuple[str, Row]]:
+    """(emotion, latent's row) of those whose emotion, words or top steps hold all of the words asked for."""
+    asked = words.casefold().split()
+    every = [(e, r) for e, rows in found["features"]["emotions"].items() for r in rows]
+
+    def told(emotion: str, row: Found) -> str:
+        return " ".join([emotion, str(row["latent"]), *row["words"], *(t["text"] for t in row["top"])]).casefold()
+
+    return [(e, r) for e, r in every if all(word in told(e, r) for word in asked)]
+
+
+def top_rows(row: Found) -> list[Row]:
+    """The steps that drive a latent most."""
+    return [{"activation": t["activation"], "label": t["label"], "text": t["text"]} for t in row["top"]]
+
+
+def appraisal_rows(found: Found) -> list[Row]:
+    """Latents that go with a kind of reasoning step."""
+    return [
+        {"step": label, "latent": r["latent"], "lift": num(r["lift"], ".1f"), "q": p_value(r["q"]),
+         "words it writes": ", ".join(r["words"])}
+        for label, rows in found["features"]["appraisals"].items()
+        for r in rows
+    ]  # fmt: skip
+
+
+def verdict(steered: Found) -> str:
+    """What the steering of one latent showed, whichever way it came out."""
+    trend = f"rank correlation of dose and expression {num(steered['rises'])}"
+    if not steered["survives_every_control"]:
+        return f"It does not beat every control beyond their intervals; {trend}."
+    dose = num(steered["best_dose"], ".1f")
+    return f"At dose {dose} it beats no steering, random directions and matched latents beyond intervals; {trend}."

@@ -1,0 +1,56 @@
+"""Plotly figures of step SAEs, from plain data; see `emocircuits.plots` for the house rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from emocircuits._figures import QUIET, figure, number, numbers, text
+
+Row = Mapping[str, Any]
+INK = "#6B4FD8"
+
+
+def densities(histogram: Mapping[str, Sequence[float]]) -> go.Figure:
+    """How many latents fire how often: counts over log10 of the share of rows where a latent is active."""
+    fig = figure("log10 density", "latents", 280)
+    edges, counts = histogram["log10_edges"], histogram["counts"]
+    middle = [(a + b) / 2 for a, b in zip(edges, edges[1:])]
+    fig.add_bar(x=middle, y=numbers(counts), marker_color=INK, showlegend=False)
+    return fig.update_layout(bargap=0.05)
+
+
+def dose_response(arms: Mapping[str, Sequence[Row]], measure: str = "expression") -> go.Figure:
+    """A rate of steered texts over the dose, one line per arm with 95 % intervals; the first arm is drawn thick.
+
+    arms: {name: cells of a cost card, with dose and the measure's interval}; the dose is in maxima of the latent.
+    """
+    fig = figure("dose, in maximum activations", measure, 360)
+    for i, (name, cells) in enumerate(arms.items()):
+        mine = sorted(cells, key=lambda c: c["dose"])
+        middle = numbers(c[measure].get("estimate") for c in mine)
+        spread = [[_gap(c[measure], end) for c in mine] for end in ("high", "low")]
+        fig.add_scatter(
+            x=[c["dose"] for c in mine], y=middle, name=text(name), mode="lines+markers",
+            line={"color": INK if not i else None, "width": 3 if not i else 1.4, "dash": "solid" if not i else "dot"},
+            error_y={"type": "data", "array": spread[0], "arrayminus": spread[1], "thickness": 1, "color": QUIET},
+        )  # fmt: skip
+    return fig.update_yaxes(tickformat=".0%", range=[-0.03, 1.03])
+
+
+def arms_of(steered: Row) -> dict[str, list[Row]]:
+    """The arms of one `steering` entry of sae.json: the latent, random directions, matched latents; dose 0 is none."""
+    none = [c for c in steered["cells"] if c["method"] == "none"]
+    arms = {f"latent {steered['latent']}": [*none, *(c for c in steered["cells"] if c["method"] == "steered")]}
+    arms["random direction, same norm"] = [*none, *(c for c in steered["cells"] if c["method"] == "random")]
+    for latent, cells in zip(steered["matched"], steered["matched_cells"]):
+        own = [c for c in cells if c["method"] == "steered"]
+        arms[f"latent {latent}, as sparse and as strong"] = [*(c for c in cells if c["method"] == "none"), *own]
+    return arms
+
+
+def _gap(point: Row, end: str) -> float:
+    edge, middle = number(point.get(end)), number(point.get("estimate"))
+    return 0.0 if edge is None or middle is None else abs(edge - middle)
