@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Line, Table, Way, build, interleaved
+from harness import Line, Table, Timing, Way, build, interleaved
 from peers import require
 from torch import Tensor
 from workloads import demo
@@ -126,11 +127,17 @@ def _collecting(repetitions: int) -> Table:
     ways: dict[str, Way] = {"HF body, no LM head": body} | {
         f"saes collect, {name}": ours(name) for name in ("closing", "mean", "all")
     }
-    timing = interleaved(ways, repetitions)
+    busy: dict[str, list[float]] = {name: [] for name in ways}
+    timing = interleaved({name: _clocked(way, busy[name]) for name, way in ways.items()}, repetitions)
+    processor = Timing({name: seconds[1:] for name, seconds in busy.items()}, {})  # without the warm-up
+    base = "HF body, no LM head"
     lines = [
         Line(
             name,
-            {TO_BODY: timing.ratio(name, "HF body, no LM head", 1.05 if "closing" in name or "mean" in name else None)},
+            {
+                TO_BODY: timing.ratio(name, base, 1.05 if "closing" in name or "mean" in name else None),
+                "processor time, x body": processor.ratio(name, base),
+            },
             f"{rows:,} rows to disk" if (rows := timing.results[name]) else "",
         )
         for name in ways
@@ -141,6 +148,18 @@ def _collecting(repetitions: int) -> Table:
         f" included, {loaded.name}"
     )
     return Table("SAE: collecting step vectors", workload, lines)
+
+
+def _clocked(way: Way, seconds: list[float]) -> Way:
+    """The way, which notes the processor time of each call: what a busy machine does not stretch."""
+
+    def run() -> Any:
+        start = time.process_time()
+        result = way()
+        seconds.append(time.process_time() - start)
+        return result
+
+    return run
 
 
 def _texts() -> list[str]:
