@@ -30,6 +30,7 @@ INDEX = {
     RESULTS: "# Results\n\nEvery number comes from a file in `experiments/results/`, read when this site was built.\n\n",
     "api": "# API\n\nWhat the docstrings say, module by module.\n\n",
 }
+DRAWING, STYLE = re.compile(r'<img[^>]*src="([^"/]+\.svg)"[^>]*>'), re.compile(r"<style>.*?</style>", re.DOTALL)
 LINK = re.compile(r"(\]\()((?:\.\./)?(?:docs|experiments)/[^)\s]+)(\))")
 
 
@@ -70,6 +71,12 @@ def _link(target: str) -> str:
     if target.startswith(f"{NOTEBOOKS}/") and target.endswith(".ipynb"):
         return target.removesuffix("ipynb") + "md"
     return f"{target}index.md" if target.endswith("/") else target
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Put drawings of our own into the page, where they follow its light or dark theme."""
+    folder = Path(page.file.abs_src_path or "").parent
+    return DRAWING.sub(lambda m: STYLE.sub("", (folder / m[1]).read_text("utf-8")), html) if folder.name == "concepts" else html
 
 
 def generated() -> dict[str, str]:
