@@ -8,12 +8,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from emocircuits.models.anatomy import Anatomy, resolve
+    from emocircuits.models.anatomy import Anatomy, register_structure, resolve
     from emocircuits.models.demo_model import demo_path
     from emocircuits.models.fingerprint import check_fits, fingerprint
     from emocircuits.models.load import Loaded, load
 
-__all__ = ["Anatomy", "Loaded", "check_fits", "demo_path", "fingerprint", "load", "resolve"]
+__all__ = ["Anatomy", "Loaded", "check_fits", "demo_path", "fingerprint", "load", "register_structure", "resolve"]
 
 _HOMES = {
     "Anatomy": "anatomy",
@@ -22,6 +22,7 @@ _HOMES = {
     "demo_path": "demo_model",
     "fingerprint": "fingerprint",
     "load": "load",
+    "register_structure": "anatomy",
     "resolve": "anatomy",
 }
 

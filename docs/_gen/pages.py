@@ -1,0 +1,117 @@
+"""Pages that exist only on the site: the README as home, notebooks, results, and modules. Paths are the repository's."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import results
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS, RESULTS, BENCHMARKS = "experiments/notebooks", "experiments/results", "experiments/benchmarks/results"
+SHOWN_AS_IS = ("png", "svg", "json")
+ROOMS = {
+    "load": ("Loading models", "emocircuits/models/*.py"),
+    "activations": ("Reading and writing activations", "emocircuits/activations/*.py"),
+    "directions": ("Directions", "emocircuits/{directions,quality,reading,examples,generation}.py"),
+    "circuits": ("Circuits", "emocircuits/circuits/*.py"),
+    "steering": ("Steering", "emocircuits/steering/*.py"),
+    "multimodal": ("Modalities", "emocircuits/multimodal/*.py"),
+    "reasoning": ("Reasoning", "emocircuits/reasoning/*.py"),
+    "evaluation": ("Evaluation", "emocircuits/evaluation/*.py"),
+    "saes": ("Step SAEs", "saes/*.py"),
+    "data": ("Scenarios and emotions", "emocircuits/data/*.py"),
+}
+INDEX = {
+    NOTEBOOKS: "# Notebooks\n\nEach runs on two CPU cores; `TOUR_SCENARIOS` makes it smaller or larger.\n\n",
+    RESULTS: "# Results\n\nEvery number comes from a file in `experiments/results/`, read when this site was built.\n\n",
+    "api": "# API\n\nWhat the docstrings say, module by module.\n\n",
+}
+DRAWING, STYLE = re.compile(r'<img[^>]*src="([^"/]+\.svg)"[^>]*>'), re.compile(r"<style>.*?</style>", re.DOTALL)
+LINK = re.compile(r"(\]\()((?:\.\./)?(?:docs|experiments)/[^)\s]+)(\))")
+
+
+def on_config(config: Any) -> Any:
+    """Fill the sections of the navigation that are left empty."""
+    sections = {next(iter(entry)): entry for entry in config.nav}
+    for title, folder in (("Tour", NOTEBOOKS), ("Results", RESULTS), ("API", "api")):
+        groups: dict[str, list[str]] = {}
+        for uri in generated():
+            if uri.startswith(f"{folder}/"):
+                inner = uri.removeprefix(f"{folder}/")
+                groups.setdefault(inner.split("/")[0] if "/" in inner else "", []).append(uri)
+        pages: list[Any] = groups.pop("")
+        pages += [group[0] if len(group) == 1 else {name.replace("_", " "): group} for name, group in groups.items()]
+        sections[title][title] = pages
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the generated pages, and the pictures and tables that pages link to."""
+    for uri, content in generated().items():
+        files.append(File.generated(config, uri, content=content))
+    for folder in (NOTEBOOKS, RESULTS, BENCHMARKS):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix[1:] in (*SHOWN_AS_IS, "ipynb"):
+                files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links that are right in the repository, made right on the site."""
+    here = page.file.src_uri
+    return markdown if "/" in here else LINK.sub(lambda m: m[1] + _link(m[2]) + m[3], markdown)
+
+
+def _link(target: str) -> str:
+    target = target.removeprefix("../").removeprefix("docs/")
+    if target.startswith(f"{NOTEBOOKS}/") and target.endswith(".ipynb"):
+        return target.removesuffix("ipynb") + "md"
+    return f"{target}index.md" if target.endswith("/") else target
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Put drawings of our own into the page, where they follow its light or dark theme."""
+    folder = Path(page.file.abs_src_path or "").parent
+    return DRAWING.sub(lambda m: STYLE.sub("", (folder / m[1]).read_text("utf-8")), html) if folder.name == "concepts" else html
+
+
+def generated() -> dict[str, str]:
+    """All generated pages, path -> Markdown."""
+    notebooks = {f"{NOTEBOOKS}/{p.stem}.md": _notebook(p) for p in sorted((ROOT / NOTEBOOKS).glob("*.ipynb"))}
+    found = {f"{RESULTS}/{name}": text for name, text in results.pages(ROOT / RESULTS).items()}
+    api = {f"api/{room}.md": _room(title, pattern) for room, (title, pattern) in ROOMS.items()}
+    cpu = {f"{BENCHMARKS}/cpu.md": (ROOT / BENCHMARKS / "cpu.md").read_text("utf-8")}
+    home = {"index.md": (ROOT / "README.md").read_text("utf-8")}
+    indexed = {}
+    for folder, pages in ((NOTEBOOKS, notebooks), (RESULTS, found), ("api", api)):
+        lines = [f"- [{_title(text)}]({uri.removeprefix(f'{folder}/')})" for uri, text in pages.items()]
+        indexed |= {f"{folder}/index.md": INDEX[folder] + "\n".join(lines) + "\n", **pages}
+    return {**home, **indexed, **cpu}
+
+
+def _title(markdown: str) -> str:
+    return next(line.removeprefix("# ") for line in markdown.splitlines() if line.startswith("# "))
+
+
+def _notebook(path: Path) -> str:
+    """The cells of a notebook, text and code; its figures appear when it is run."""
+    cells = []
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        cells.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+    title, *rest = cells
+    head, _, lead = title.partition("\n")
+    return "\n\n".join([head, f"[Download this notebook]({path.name}) and run it to see its figures.", lead, *rest])
+
+
+def _room(title: str, pattern: str) -> str:
+    """One directive for every public module of a room."""
+    before, brace, after = pattern.partition("{")
+    names = after.partition("}")[0].split(",") if brace else [None]
+    paths = [p for n in names for p in ([ROOT / f"{before}{n}.py"] if n else sorted(ROOT.glob(pattern)))]
+    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths if not p.name.startswith("_")]
+    return f"# {title}\n\n" + "\n\n".join(f"::: {module}" for module in modules) + "\n"
