@@ -63,9 +63,12 @@ class Plan:
 
 
 def emotion_traces(scenarios: ScenarioSet, n: int | None = None) -> list[Trace]:
-    """Each reply to a scenario in each emotion as a trace: its label is the emotion, its id scenario/emotion."""
+    """Each reply to a scenario in each emotion as a trace: its label is the emotion, its id scenario/emotion.
+
+    The scenario itself is left out: what a reply says is all that there is to read.
+    """
     return [
-        Trace(group.text + SPEECH, steps, labels=(emotion,) * len(steps), id=f"{group.skeleton_id}/{emotion}")
+        Trace(SPEECH.lstrip(), steps, labels=(emotion,) * len(steps), id=f"{group.skeleton_id}/{emotion}")
         for group, replies in scenarios.reply_groups()[:n]
         for emotion, reply in replies.items()
         for steps in [split(reply)]
