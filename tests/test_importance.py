@@ -91,6 +91,8 @@ def test_likelihood_answers_count_with_their_probabilities() -> None:
     rollouts = Rollouts(3, tuple(scored(k, i, [0.2, 0.7, 0.7, 0.9][k]) for k in range(4) for i in range(3)))
     found = imp.importance(TRACE, rollouts, metric="accuracy")
     assert found.value == pytest.approx([0.5, 0, 0.2])
+    kl = imp.importance(TRACE, rollouts).value  # known chances are not smoothed
+    assert kl[0] == pytest.approx(0.2 * math.log(0.2 / 0.7) + 0.8 * math.log(0.8 / 0.3), abs=1e-6)
     assert imp.answer_shares(rollouts)["a"] == pytest.approx([0.2, 0.7, 0.7, 0.9])
 
 

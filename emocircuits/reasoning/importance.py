@@ -28,7 +28,8 @@ NONE = "<none>"
 """The outcome of a rollout that gave no answer: counted as wrong, never dropped silently."""
 KINDS = ("resampling", "counterfactual", "forced")
 METRICS = ("kl", "accuracy")
-_MAX_UNDEFINED = 0.05
+EXACT = 1e-12
+"""Smoothing of chances that are known: only there so that a chance of exactly 0 gives no infinity."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def importance(
     tau: float = 0.8,
     pooled: bool = False,
     similarity: Similarity | None = None,
-    alpha: float = 0.5,
+    alpha: float | None = None,
     drop_none: bool = False,
     n_boot: int = 1000,
     confidence: float = 0.95,
@@ -216,7 +217,9 @@ def importance(
     kind: "resampling", "counterfactual" (only rollouts at i whose first step has a cosine under `tau` with step i are
     without it; `pooled` counts the others as having it, as the released code does) or "forced" (pass the forced
     rollouts). The sign of accuracy is the same for all: with the step minus without it; the released code has the
-    counterfactual one reversed. Raises InputError for rollouts of another trace, or accuracy without a truth.
+    counterfactual one reversed. alpha: see `smoothed_kl`; by default 0.5 where answers were drawn, and next to nothing
+    where they were scored, for chances are known and not counted. Raises InputError for rollouts of another trace, or
+    accuracy without a truth.
     """
     if kind not in KINDS:
         raise unknown("kind of importance", kind, KINDS)
@@ -226,6 +229,8 @@ def importance(
     rows, vocabulary = answer_rows(groups, drop_none=drop_none)
     kept = [[r for r in g if not drop_none or r.answer is not None or r.probabilities] for g in groups]
     right = _right(vocabulary, groups, trace) if metric == "accuracy" else None
+    if alpha is None:
+        alpha = EXACT if all(r.probabilities for g in kept for r in g) else 0.5
     statistic = statistic_of(metric, right, alpha)
     none = vocabulary.index(NONE) if NONE in vocabulary else None
     rng = np.random.default_rng(seed)
