@@ -88,6 +88,9 @@ def test_the_summary_says_so(study: tuple[Path, Loaded, DirectionSet]) -> None:
     page = (study[0] / "report.html").read_text()
     assert "What carries the reasoning of planted" in page
     assert "Trace =anger" in page
+    told = (study[0] / "anchors.md").read_text()
+    assert "| forced | hidden |" in told
+    assert "| +0.50 |" in told
 
 
 def test_a_finished_run_is_read_and_another_one_refused(study: tuple[Path, Loaded, DirectionSet]) -> None:

@@ -1,4 +1,4 @@
-"""Pages that exist only on the site: the README as home, notebooks, results, and modules. Paths are the repository's."""
+"""Pages that exist only on the site: the README as home, notebooks, results, modules; paths are the repository's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOMS = {
 }
 INDEX = {
     NOTEBOOKS: "# Notebooks\n\nEach runs on two CPU cores; `TOUR_SCENARIOS` makes it smaller or larger.\n\n",
-    RESULTS: "# Results\n\nEvery number comes from a file in `experiments/results/`, read when this site was built.\n\n",
+    RESULTS: "# Results\n\nEvery number comes from a file in `experiments/results/`, read as this site was built.\n\n",
     "api": "# API\n\nWhat the docstrings say, module by module.\n\n",
 }
 DRAWING, STYLE = re.compile(r'<img[^>]*src="([^"/]+\.svg)"[^>]*>'), re.compile(r"<style>.*?</style>", re.DOTALL)

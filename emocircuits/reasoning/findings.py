@@ -6,7 +6,9 @@ resample traces. Position is the control that any measure along a trace must bea
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -213,6 +215,50 @@ def _pushes(parts: Sequence[Part], every: Sequence[Mapping[str, Floats]], seed: 
         row["beyond_random"] = mean_over([a - b for a, b in zip(pushed, random)], seed)
         rows.append(row)
     return rows
+
+
+# ---------------------------------------------------------------- as text
+
+
+def markdown(found: Part, model: str) -> str:
+    """The tables of a run as Markdown."""
+    said = [f"# What carries the reasoning of {model}", *map(plain, sentences(found))]
+    beyond = {(r["a"], r["b"]): r for r in found["beyond_position"]}
+    rows = [
+        [r["a"], r["b"], cell(r), cell(beyond.get((r["a"], r["b"]))), str(r["n"])]
+        for r in found["correlations"]
+        if r["n"]
+    ]
+    said.append("Spearman correlation within a trace, mean over traces [95 %]; beside it with position taken out.")
+    said.append(_table(["measure", "with", "correlation", "beyond position", "traces"], rows))
+    said.append("\n".join(f"- `{n}`: {words}" for n, words in found["measures"].items()))
+    if found["pushes"]:
+        names = ("most", "least", "everywhere", "control_everywhere", "beyond_random")
+        rows = [[f"{r['dose']:+.2f}", *(cell(r[n], "+.2f") for n in names)] for r in found["pushes"]]
+        said.append("Change of the runner-up emotion's log-odds when steps are pushed, by dose in residual norms.")
+        heads = ["dose", "most important step", "least", "all steps", "random direction, all steps", "difference"]
+        said.append(_table(heads, rows))
+    if found["categories"]:
+        names = [n for n in found["measures"] if n in found["categories"][0]]
+        rows = [[c["category"], str(c["n"]), *(cell(c[n], ".3f") for n in names)] for c in found["categories"]]
+        said.append("Means by kind of step: within a trace first, then across traces.")
+        said.append(_table(["kind", "steps", *names], rows))
+    return "\n\n".join(said) + "\n"
+
+
+def cell(found: Part | None, form: str = ".2f") -> str:
+    """An interval as text."""
+    return "" if found is None else plain(interval(found, form))
+
+
+def plain(markup: str) -> str:
+    """The words of HTML that this package wrote."""
+    return html.unescape(re.sub(r"<[^>]*>", "", markup))
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(str(x).replace("|", "\\|") for x in line) + " |" for line in lines)
 
 
 # ---------------------------------------------------------------- the page

@@ -29,7 +29,7 @@ from ..runs import Run
 from .answers import LikelihoodAnswers
 from .emotion import carried, push_steps
 from .engines import Job, LocalEngine, Sampling
-from .findings import page, summary
+from .findings import markdown, page, summary
 from .importance import Similarity, answer_shares, importance
 from .receivers import attention_blocks, kurtosis, vertical_scores
 from .source import is_scored
@@ -273,6 +273,7 @@ def run_anchors(
         if progress is not None and task is not None:
             progress.advance(task)
     found = run.json_stage("anchors", lambda: _clean(summary(parts, plan.seed)))
+    artefact.write_text_atomic(run.file("anchors.md"), markdown(found, loaded.name))
     return artefact.write_text_atomic(run.file("report.html"), page(found, parts, loaded.name))
 
 
