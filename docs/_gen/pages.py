@@ -25,6 +25,7 @@ ROOMS = {
     "saes": ("Step SAEs", "saes/*.py"),
     "data": ("Scenarios and emotions", "emocircuits/data/*.py"),
 }
+SECTIONS = {"cards": "Cost cards", "nano_mllm": "Modality balance", "reasoning": "Reasoning", "saes": "Step SAEs"}
 INDEX = {
     NOTEBOOKS: "# Notebooks\n\nEach runs on two CPU cores; `TOUR_SCENARIOS` makes it smaller or larger.\n\n",
     RESULTS: "# Results\n\nEvery number comes from a file in `experiments/results/`, read when this site was built.\n\n",
@@ -44,7 +45,7 @@ def on_config(config: Any) -> Any:
                 inner = uri.removeprefix(f"{folder}/")
                 groups.setdefault(inner.split("/")[0] if "/" in inner else "", []).append(uri)
         pages: list[Any] = groups.pop("")
-        pages += [group[0] if len(group) == 1 else {name.replace("_", " "): group} for name, group in groups.items()]
+        pages += [group[0] if len(group) == 1 else {SECTIONS.get(name, name): group} for name, group in groups.items()]
         sections[title][title] = pages
     return config
 
@@ -85,7 +86,7 @@ def generated() -> dict[str, str]:
     found = {f"{RESULTS}/{name}": text for name, text in results.pages(ROOT / RESULTS).items()}
     api = {f"api/{room}.md": _room(title, pattern) for room, (title, pattern) in ROOMS.items()}
     cpu = {f"{BENCHMARKS}/cpu.md": (ROOT / BENCHMARKS / "cpu.md").read_text("utf-8")}
-    home = {"index.md": (ROOT / "README.md").read_text("utf-8")}
+    home = {"index.md": "---\nhide: [navigation]\n---\n" + (ROOT / "README.md").read_text("utf-8")}
     indexed = {}
     for folder, pages in ((NOTEBOOKS, notebooks), (RESULTS, found), ("api", api)):
         lines = [f"- [{_title(text)}]({uri.removeprefix(f'{folder}/')})" for uri, text in pages.items()]
