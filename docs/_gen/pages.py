@@ -1,4 +1,4 @@
-"""Pages that exist only on the site: the README as home, notebooks, results, and modules. Paths are the repository's."""
+"""Pages that only the site has: the README as home, notebooks, results, modules. Paths are those of the repository."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOMS = {
 SECTIONS = {"cards": "Cost cards", "nano_mllm": "Modality balance", "reasoning": "Reasoning", "saes": "Step SAEs"}
 INDEX = {
     NOTEBOOKS: "# Notebooks\n\nEach runs on two CPU cores; `TOUR_SCENARIOS` makes it smaller or larger.\n\n",
-    RESULTS: "# Results\n\nEvery number comes from a file in `experiments/results/`, read when this site was built.\n\n",
+    RESULTS: "# Results\n\nEvery number comes from a file in `experiments/results/`, read when the site was built.\n\n",
     "api": "# API\n\nWhat the docstrings say, module by module.\n\n",
 }
 DRAWING, STYLE = re.compile(r'<img[^>]*src="([^"/]+\.svg)"[^>]*>'), re.compile(r"<style>.*?</style>", re.DOTALL)
@@ -77,7 +77,9 @@ def _link(target: str) -> str:
 def on_page_content(html: str, page: Any, **_: Any) -> str:
     """Put drawings of our own into the page, where they follow its light or dark theme."""
     folder = Path(page.file.abs_src_path or "").parent
-    return DRAWING.sub(lambda m: STYLE.sub("", (folder / m[1]).read_text("utf-8")), html) if folder.name == "concepts" else html
+    if folder.name != "concepts":
+        return html
+    return DRAWING.sub(lambda m: STYLE.sub("", (folder / m[1]).read_text("utf-8")), html)
 
 
 def generated() -> dict[str, str]:

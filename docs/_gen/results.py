@@ -157,10 +157,9 @@ PAGES = {"demo": demo, "circuits": circuits}
 
 def pages(folder: Path) -> dict[str, str]:
     """Page for page, relative path -> Markdown: Markdown files as they are, and tables of JSON files."""
-    found = {str(p.relative_to(folder)): p.read_text("utf-8") for p in sorted(folder.rglob("*.md"))}
-    made = {
-        f"{name}/index.md": write(lambda file, name=name: json.loads((folder / name / f"{file}.json").read_text("utf-8")))
-        for name, write in PAGES.items()
-        if (folder / name).is_dir()
-    }
-    return {**made, **found}
+
+    def reader(name: str) -> Callable[[str], Any]:
+        return lambda file: json.loads((folder / name / f"{file}.json").read_text("utf-8"))
+
+    made = {f"{name}/index.md": write(reader(name)) for name, write in PAGES.items() if (folder / name).is_dir()}
+    return {**made, **{str(p.relative_to(folder)): p.read_text("utf-8") for p in sorted(folder.rglob("*.md"))}}
