@@ -1,12 +1,13 @@
 # Two commands do everything on a machine with Python 3.10+ and a package index:
 #   make demo   find emotion directions in a real model, steer it, score it; open runs/demo/report.html
 #   make test   run the tests
+# Beside them: make docs builds the documentation into site/ (open site/index.html).
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
 INSTALL = $(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench llama-check
+.PHONY: demo test lint docs bench llama-check
 
 demo: $(VENV)/demo.done
 	$(RUN)/emocircuits demo --out runs/demo
@@ -19,6 +20,9 @@ lint: $(VENV)/dev.done
 	$(RUN)/ruff format --check .
 	$(RUN)/pyright --pythonpath $(RUN)/python
 
+docs: $(VENV)/docs.done
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+
 bench: $(VENV)/dev.done
 	$(RUN)/python experiments/benchmarks/run.py
 
@@ -30,6 +34,10 @@ $(VENV)/bin/python:
 
 $(VENV)/demo.done: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e ".[demo]"
+	touch $@
+
+$(VENV)/docs.done: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e ".[docs]"
 	touch $@
 
 $(VENV)/dev.done: pyproject.toml constraints.txt | $(VENV)/bin/python

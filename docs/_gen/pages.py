@@ -1,4 +1,4 @@
-"""Pages that exist only on the site: the README as home, notebooks, results, modules; paths are the repository's."""
+"""Pages that only the site has: the README as home, notebooks, results, modules. Paths are those of the repository."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ ROOMS = {
     "saes": ("Step SAEs", "saes/*.py"),
     "data": ("Scenarios and emotions", "emocircuits/data/*.py"),
 }
+SECTIONS = {"cards": "Cost cards", "nano_mllm": "Modality balance", "reasoning": "Reasoning", "saes": "Step SAEs"}
 INDEX = {
     NOTEBOOKS: "# Notebooks\n\nEach runs on two CPU cores; `TOUR_SCENARIOS` makes it smaller or larger.\n\n",
-    RESULTS: "# Results\n\nEvery number comes from a file in `experiments/results/`, read as this site was built.\n\n",
+    RESULTS: "# Results\n\nEvery number comes from a file in `experiments/results/`, read when the site was built.\n\n",
     "api": "# API\n\nWhat the docstrings say, module by module.\n\n",
 }
 DRAWING, STYLE = re.compile(r'<img[^>]*src="([^"/]+\.svg)"[^>]*>'), re.compile(r"<style>.*?</style>", re.DOTALL)
@@ -44,7 +45,7 @@ def on_config(config: Any) -> Any:
                 inner = uri.removeprefix(f"{folder}/")
                 groups.setdefault(inner.split("/")[0] if "/" in inner else "", []).append(uri)
         pages: list[Any] = groups.pop("")
-        pages += [group[0] if len(group) == 1 else {name.replace("_", " "): group} for name, group in groups.items()]
+        pages += [group[0] if len(group) == 1 else {SECTIONS.get(name, name): group} for name, group in groups.items()]
         sections[title][title] = pages
     return config
 
@@ -76,7 +77,9 @@ def _link(target: str) -> str:
 def on_page_content(html: str, page: Any, **_: Any) -> str:
     """Put drawings of our own into the page, where they follow its light or dark theme."""
     folder = Path(page.file.abs_src_path or "").parent
-    return DRAWING.sub(lambda m: STYLE.sub("", (folder / m[1]).read_text("utf-8")), html) if folder.name == "concepts" else html
+    if folder.name != "concepts":
+        return html
+    return DRAWING.sub(lambda m: STYLE.sub("", (folder / m[1]).read_text("utf-8")), html)
 
 
 def generated() -> dict[str, str]:
@@ -85,7 +88,7 @@ def generated() -> dict[str, str]:
     found = {f"{RESULTS}/{name}": text for name, text in results.pages(ROOT / RESULTS).items()}
     api = {f"api/{room}.md": _room(title, pattern) for room, (title, pattern) in ROOMS.items()}
     cpu = {f"{BENCHMARKS}/cpu.md": (ROOT / BENCHMARKS / "cpu.md").read_text("utf-8")}
-    home = {"index.md": (ROOT / "README.md").read_text("utf-8")}
+    home = {"index.md": "---\nhide: [navigation]\n---\n" + (ROOT / "README.md").read_text("utf-8")}
     indexed = {}
     for folder, pages in ((NOTEBOOKS, notebooks), (RESULTS, found), ("api", api)):
         lines = [f"- [{_title(text)}]({uri.removeprefix(f'{folder}/')})" for uri, text in pages.items()]

@@ -21,8 +21,8 @@ def share(x: Any, digits: int = 0) -> str:
     if isinstance(x, dict):
         x, low, high = x.get("estimate", x.get("accuracy")), x.get("low"), x.get("high")
         between = "" if low is None or high is None else f" ({100 * low:.0f} to {100 * high:.0f})"
-        return NONE if x is None else f"{100 * x:.{digits}f} %{between}"
-    return NONE if x is None else f"{100 * x:.{digits}f} %"
+        return NONE if x is None else f"{100 * x:.{digits}f} %{between}".replace("-", "−")
+    return NONE if x is None else f"{100 * x:.{digits}f} %".replace("-", "−")
 
 
 def plain(x: Any, digits: int = 2) -> str:
@@ -53,6 +53,17 @@ def comparisons(rows: Iterable[dict[str, Any]]) -> str:
     head = ("difference of coherent expression", "points (95 %)", "p, sign flips of scenarios")
     found = [(f"{r['a']} minus {r['b']}", share(r["difference"]).replace(" %", ""), f"{r['p']:.2g}") for r in rows]
     return table(head, found)
+
+
+def effects(rows: Iterable[dict[str, Any]]) -> str:
+    """What is left of, or added to, the emotion score by units: one line for units, one column for what is done."""
+    units: dict[tuple[str, Any, Any], dict[str, Any]] = {}
+    for row in rows:
+        units.setdefault((row["control"], row["n_heads"], row["n_neurons"]), {})[row["action"]] = row
+    done = sorted({action for found in units.values() for action in found})
+    return table(
+        ("units", "heads", "neurons", *done), [(*key, *(share(row.get(a)) for a in done)) for key, row in units.items()]
+    )
 
 
 def demo(data: Callable[[str], Any]) -> str:
@@ -112,12 +123,7 @@ def circuits(data: Callable[[str], Any]) -> str:
     """The page of a circuit run."""
     evaluation, curves, stability = data("evaluation"), data("curves"), data("stability")
     size = curves["rows"][0]["size"] if curves.get("chosen") is None else curves["chosen"]
-    units: dict[tuple[str, Any, Any], dict[str, Any]] = {}
-    for row in curves["rows"]:
-        if row["size"] == size:
-            units.setdefault((row["control"], row["n_heads"], row["n_neurons"]), {})[row["action"]] = row
-    acts = sorted({action for found in units.values() for action in found})
-    rows = [(*key, *(share(found.get(a)) for a in acts)) for key, found in units.items()]
+    chosen = [row for row in curves["rows"] if row["size"] == size]
     again = [
         (r["what"], *(f"{plain(r[k]['excess'])} (least: {r[k]['least_emotion']} {plain(r[k]['least'])})"
                       for k in ("heads", "neurons")))
@@ -132,7 +138,7 @@ One run of `emocircuits circuit --full`; [Circuits](../../../circuits.md) says w
 Emotion score of {curves["n_texts"]} held-out replies ({curves["readout"]}) as a share of the whole model's, at the size
 that was chosen.
 
-{table(("units", "heads", "neurons", *acts), rows)}
+{effects(chosen)}
 
 ## Every way to steer, at its own best strength
 
@@ -149,6 +155,10 @@ that was chosen.
 Overlap beyond chance as a share of what identity would be, mean over emotions.
 
 {table(("from other", "heads", "neurons"), again)}
+
+## All sizes
+
+{effects(curves["rows"])}
 """
 
 
@@ -157,10 +167,9 @@ PAGES = {"demo": demo, "circuits": circuits}
 
 def pages(folder: Path) -> dict[str, str]:
     """Page for page, relative path -> Markdown: Markdown files as they are, and tables of JSON files."""
-    found = {str(p.relative_to(folder)): p.read_text("utf-8") for p in sorted(folder.rglob("*.md"))}
-    made = {
-        f"{name}/index.md": write(lambda file, name=name: json.loads((folder / name / f"{file}.json").read_text("utf-8")))
-        for name, write in PAGES.items()
-        if (folder / name).is_dir()
-    }
-    return {**made, **found}
+
+    def reader(name: str) -> Callable[[str], Any]:
+        return lambda file: json.loads((folder / name / f"{file}.json").read_text("utf-8"))
+
+    made = {f"{name}/index.md": write(reader(name)) for name, write in PAGES.items() if (folder / name).is_dir()}
+    return {**made, **{str(p.relative_to(folder)): p.read_text("utf-8") for p in sorted(folder.rglob("*.md"))}}
