@@ -33,7 +33,7 @@ class Run:
     def __init__(self, vectors: Vectors, recipe: Recipe, device: str) -> None:
         self.vectors, self.recipe, self.device = vectors, recipe, device
         x = vectors.read()
-        train, test = vectors.split(recipe.held_out, recipe.seed)
+        train, test = vectors.split(recipe.held_out, recipe.split_seed)
         recipe.check(len(train), vectors.d)
         self.scaling = Scaling.of(x[train])
         self.train, self.test = self.scaling(x[train]).to(device), self.scaling(x[test]).to(device)

@@ -30,7 +30,8 @@ class Recipe:
     or as JumpReLU's target). l1: the penalty of a standard SAE, in units of sqrt(d). epochs: passes over the training
     vectors at most; it stops early after `patience` of them without a better held-out loss. lr: Adam's, warmed up over
     the first share `warm_up` of all steps, then falling along a cosine. held_out: share of the traces that is never
-    trained on.
+    trained on, drawn by `split_seed`. seed: of the first weights and the order of the data; SAEs of several seeds learn
+    from the same vectors.
     """
 
     architecture: str = "topk"
@@ -44,6 +45,7 @@ class Recipe:
     warm_up: float = 0.1
     held_out: float = 0.1
     seed: int = 0
+    split_seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

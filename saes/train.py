@@ -91,7 +91,7 @@ def train(
             raise InputError(f"{trained.path} was trained by another recipe; choose another folder for this one")
     wanted = [one for one in sets if one.key not in finished]
     for one in wanted:
-        recipe.check(len(one.split(recipe.held_out, recipe.seed)[0]), one.d)
+        recipe.check(len(one.split(recipe.held_out, recipe.split_seed)[0]), one.d)
         one.read()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress, transient=True) as bars:
@@ -115,7 +115,7 @@ def train(
 def _finish(run: Run, folder: Path) -> None:
     """Write SAELens's two files, measure what they hold on the held-out vectors, and put the record last."""
     vectors, sae = run.vectors, run.result()
-    held_out = vectors.split(run.recipe.held_out, run.recipe.seed)[1]
+    held_out = vectors.split(run.recipe.held_out, run.recipe.split_seed)[1]
     about = {
         "site": vectors.key[0],
         "layer": vectors.key[1],

@@ -16,7 +16,7 @@ from sae_lens import SAE
 from emocircuits.activations.store import ActivationStore
 from emocircuits.errors import ArtefactError, InputError
 from saes._run import Run
-from saes.metrics import best_cosine, explained_variance
+from saes.metrics import best_cosine, explained_variance, stability
 from saes.recipe import ARCHITECTURES, Recipe
 from saes.train import Trained, train
 from saes.vectors import Scaling, Vectors, stored, without_sinks
@@ -246,3 +246,12 @@ def test_sinks_are_left_out_and_counted():
     assert kept.source["sinks_left_out"] == 2
     assert torch.equal(kept.read(), x[[i for i in range(len(X)) if i not in (3, 30)]])
     assert (kept.traces or ())[3 : 3 + 17] == ["0"] * 16 + ["1"]
+
+
+def test_seeds_share_the_split_and_find_the_same_dictionary(tmp_path):
+    seeds = [train(VECTORS, replace(GOOD, seed=s, epochs=15), tmp_path / str(s), progress=False)[KEY] for s in (0, 1)]
+    assert seeds[0].held_out == seeds[1].held_out
+    first, second = (t.sae.W_dec for t in seeds)
+    assert not torch.equal(first, second)
+    found = stability([first, second])
+    assert found.mean > found.null + 0.2

@@ -80,7 +80,6 @@ class StepEnds(Control):
     tails: tuple[int, ...] = ()
     spaces: tuple[int, ...] = ()
 
-    timed = False
     needs_ids = True
 
     def __post_init__(self) -> None:
