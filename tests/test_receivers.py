@@ -18,6 +18,7 @@ from scipy.stats import rankdata
 from emocircuits.activations import attention, rows
 from emocircuits.errors import HookError, InputError
 from emocircuits.reasoning.receivers import (
+    agreement,
     attention_blocks,
     kurtosis,
     mean_map,
@@ -212,6 +213,21 @@ def test_split_half_is_high_for_heads_that_stay_and_low_for_noise() -> None:
     assert split_half(torch.ones(4, 6, 8)).isnan().all()
     with pytest.raises(InputError, match="at least two traces"):
         split_half(noise[:1])
+
+
+@given(st.integers(0, 99))
+def test_agreement_equals_a_loop_over_pairs(seed: int) -> None:
+    scores = torch.randn(3, 4, 9, generator=torch.Generator().manual_seed(seed))
+    scores[..., -3:] = torch.nan
+    scores[2, 3] = torch.nan  # of a layer without attention
+    heads = [(1, 0), (1, 2), (2, 1)]
+    every = [(layer, head) for layer in (1, 2) for head in range(4) if (layer, head) != (2, 3)]
+    for found, chosen in zip(agreement(scores, heads), (heads, every)):
+        pairs = [
+            np.corrcoef(scores[a][:-3], scores[b][:-3])[0, 1] for i, a in enumerate(chosen) for b in chosen[i + 1 :]
+        ]
+        assert found == pytest.approx(float(np.mean(pairs)), abs=1e-6)
+    assert np.isnan(agreement(scores, heads[:1])[0])
 
 
 # ---------------------------------------------------------------- a planted receiver head

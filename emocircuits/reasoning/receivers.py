@@ -139,6 +139,23 @@ def split_half(maps: Sequence[Tensor] | Tensor, *, splits: int = 100, skip_layer
     return torch.tensor(found, dtype=torch.float64)
 
 
+def agreement(scores: Tensor, heads: Sequence[Head], skip_layers: int = 1) -> tuple[float, float]:
+    """Mean pairwise correlation over steps of the given heads' vertical scores [L, H, n], and of all heads' beside it.
+
+    Receiver heads should agree on which steps to look back to. NaN for fewer than two heads or steps that vary.
+    """
+    everyone = scores[skip_layers:].flatten(0, 1)
+    return _pairwise(torch.stack([scores[head] for head in heads])), _pairwise(everyone[~everyone.isnan().all(1)])
+
+
+def _pairwise(rows: Tensor) -> float:
+    x = rows[:, ~rows.isnan().any(0)].double()
+    x = x - x.mean(1, keepdim=True) if x.shape[1] else x
+    x = torch.nn.functional.normalize(x[x.norm(dim=1) > 0], dim=1)
+    n = len(x)
+    return float((x.sum(0) ** 2).sum() - n) / (n * (n - 1)) if n > 1 else float("nan")
+
+
 def pearson(a: Tensor, b: Tensor) -> float:
     """Correlation of two vectors where both are defined; NaN for fewer than two values or without variation."""
     both = ~(a.isnan() | b.isnan())

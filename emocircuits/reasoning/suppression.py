@@ -32,7 +32,7 @@ from .tokens import checked, far, shift_of, step_means
 KIND = "suppression"
 FLOOR = 1e-9
 """Added to a KL before its logarithm, as published."""
-PASS_TOKENS, KEPT, LOGITS, TILE = 1024, 2**26, 2**24, 2**19
+PASS_TOKENS, KEPT, LOGITS, TILE = 1024, 2**26, 2**25, 2**19
 """Tokens of a pass, numbers of hidden states that wait for their logits, logits at once, and those in a cache."""
 
 

@@ -24,7 +24,7 @@ def run(repetitions: int) -> list[Table]:
     random_llama = "a random Llama of the demo model's size, vocabulary 32,000"
     return [
         _suppression(llama(), random_ids(1, 384, 32_000), 96, 16, random_llama, repetitions),
-        _suppression(demo().model, text_ids(1, 256), 64, 8, f"{demo().name}, vocabulary 262,144", repetitions),
+        _suppression(demo().model, text_ids(1, 192), 48, 12, f"{demo().name}, vocabulary 262,144", repetitions),
         _receivers(repetitions),
     ]
 
