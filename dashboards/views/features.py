@@ -39,10 +39,16 @@ def _latents(found: features.Found) -> None:
         table(features.top_rows(row), "Steps that drive it most")
     else:
         st.info("No latent matches.")
-    table(features.emotion_rows(found), "Latents that go with an emotion",
-          "Labels shuffled within scenarios are the null; found on training scenarios, tested on held-out themes.")
-    table(features.appraisal_rows(found), "Latents that go with a kind of reasoning step",
-          "Our hand-written appraisals, labels shuffled within each solution.")
+    table(
+        features.emotion_rows(found),
+        "Latents that go with an emotion",
+        "Labels shuffled within scenarios are the null; found on training scenarios, tested on held-out themes.",
+    )
+    table(
+        features.appraisal_rows(found),
+        "Latents that go with a kind of reasoning step",
+        "Our hand-written appraisals, labels shuffled within each solution.",
+    )
 
 
 def _steering(found: features.Found) -> None:
