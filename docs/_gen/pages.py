@@ -36,7 +36,7 @@ LINK = re.compile(r"(\]\()((?:\.\./)?(?:docs|experiments)/[^)\s]+)(\))")
 
 
 def on_config(config: Any) -> Any:
-    """Fill the sections of the navigation that are left empty."""
+    """Fill the sections of the navigation that are left empty; a guide that is not named there comes before the last."""
     sections = {next(iter(entry)): entry for entry in config.nav}
     for title, folder in (("Tour", NOTEBOOKS), ("Results", RESULTS), ("API", "api")):
         groups: dict[str, list[str]] = {}
@@ -47,6 +47,8 @@ def on_config(config: Any) -> Any:
         pages: list[Any] = groups.pop("")
         pages += [group[0] if len(group) == 1 else {SECTIONS.get(name, name): group} for name, group in groups.items()]
         sections[title][title] = pages
+    listed = re.findall(r"[\w/]+\.md", str(config.nav))
+    sections["Guides"]["Guides"][-1:-1] = sorted(p.name for p in (ROOT / "docs").glob("*.md") if p.name not in listed)
     return config
 
 
