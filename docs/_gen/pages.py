@@ -36,7 +36,7 @@ LINK = re.compile(r"(\]\()((?:\.\./)?(?:docs|experiments)/[^)\s]+)(\))")
 
 
 def on_config(config: Any) -> Any:
-    """Fill the sections of the navigation that are left empty; a guide that is not named there comes before the last."""
+    """Fill the sections of the navigation that are left empty; a guide not named there comes before the last."""
     sections = {next(iter(entry)): entry for entry in config.nav}
     for title, folder in (("Tour", NOTEBOOKS), ("Results", RESULTS), ("API", "api")):
         groups: dict[str, list[str]] = {}
