@@ -13,17 +13,17 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS, RESULTS, BENCHMARKS = "experiments/notebooks", "experiments/results", "experiments/benchmarks/results"
 SHOWN_AS_IS = ("png", "svg", "json")
-ROOMS = {
-    "load": ("Loading models", "emocircuits/models/*.py"),
-    "activations": ("Reading and writing activations", "emocircuits/activations/*.py"),
-    "directions": ("Directions", "emocircuits/{directions,quality,reading,examples,generation}.py"),
-    "circuits": ("Circuits", "emocircuits/circuits/*.py"),
-    "steering": ("Steering", "emocircuits/steering/*.py"),
-    "multimodal": ("Modalities", "emocircuits/multimodal/*.py"),
-    "reasoning": ("Reasoning", "emocircuits/reasoning/*.py"),
-    "evaluation": ("Evaluation", "emocircuits/evaluation/*.py"),
-    "saes": ("Step SAEs", "saes/*.py"),
-    "data": ("Scenarios and emotions", "emocircuits/data/*.py"),
+ROOMS = {  # page: title, folder, modules to begin with; of the package itself only these, of a room all that are public
+    "load": ("Loading models", "emocircuits/models", "load anatomy"),
+    "activations": ("Reading and writing activations", "emocircuits/activations", "sites capture edit edits control"),
+    "directions": ("Directions", "emocircuits", "directions quality reading examples generation"),
+    "circuits": ("Circuits", "emocircuits/circuits", "units heads neurons assemble validate modulation"),
+    "steering": ("Steering", "emocircuits/steering", "steerer term controls meter"),
+    "multimodal": ("Modalities", "emocircuits/multimodal", "balance shared"),
+    "reasoning": ("Reasoning", "emocircuits/reasoning", "steps traces engines sweep importance"),
+    "evaluation": ("Evaluation", "emocircuits/evaluation", "judges expression fluency statistics"),
+    "saes": ("Step SAEs", "saes", "collect train features steering"),
+    "data": ("Scenarios and emotions", "emocircuits/data", "scenarios emotions prompts"),
 }
 SECTIONS = {"cards": "Cost cards", "nano_mllm": "Modality balance", "reasoning": "Reasoning", "saes": "Step SAEs"}
 INDEX = {
@@ -36,7 +36,7 @@ LINK = re.compile(r"(\]\()((?:\.\./)?(?:docs|experiments)/[^)\s]+)(\))")
 
 
 def on_config(config: Any) -> Any:
-    """Fill the sections of the navigation that are left empty."""
+    """Fill the sections of the navigation that are left empty; a guide not named there comes before the last."""
     sections = {next(iter(entry)): entry for entry in config.nav}
     for title, folder in (("Tour", NOTEBOOKS), ("Results", RESULTS), ("API", "api")):
         groups: dict[str, list[str]] = {}
@@ -47,6 +47,8 @@ def on_config(config: Any) -> Any:
         pages: list[Any] = groups.pop("")
         pages += [group[0] if len(group) == 1 else {SECTIONS.get(name, name): group} for name, group in groups.items()]
         sections[title][title] = pages
+    listed = re.findall(r"[\w/]+\.md", str(config.nav))
+    sections["Guides"]["Guides"][-1:-1] = sorted(p.name for p in (ROOT / "docs").glob("*.md") if p.name not in listed)
     return config
 
 
@@ -86,7 +88,7 @@ def generated() -> dict[str, str]:
     """All generated pages, path -> Markdown."""
     notebooks = {f"{NOTEBOOKS}/{p.stem}.md": _notebook(p) for p in sorted((ROOT / NOTEBOOKS).glob("*.ipynb"))}
     found = {f"{RESULTS}/{name}": text for name, text in results.pages(ROOT / RESULTS).items()}
-    api = {f"api/{room}.md": _room(title, pattern) for room, (title, pattern) in ROOMS.items()}
+    api = {f"api/{page}.md": _room(*room) for page, room in ROOMS.items()}
     cpu = {f"{BENCHMARKS}/cpu.md": (ROOT / BENCHMARKS / "cpu.md").read_text("utf-8")}
     home = {"index.md": "---\nhide: [navigation]\n---\n" + (ROOT / "README.md").read_text("utf-8")}
     indexed = {}
@@ -97,7 +99,7 @@ def generated() -> dict[str, str]:
 
 
 def _title(markdown: str) -> str:
-    return next(line.removeprefix("# ") for line in markdown.splitlines() if line.startswith("# "))
+    return next((line.removeprefix("# ") for line in markdown.splitlines() if line.startswith("# ")), "Untitled")
 
 
 def _notebook(path: Path) -> str:
@@ -111,10 +113,11 @@ def _notebook(path: Path) -> str:
     return "\n\n".join([head, f"[Download this notebook]({path.name}) and run it to see its figures.", lead, *rest])
 
 
-def _room(title: str, pattern: str) -> str:
+def _room(title: str, folder: str, first: str) -> str:
     """One directive for every public module of a room."""
-    before, brace, after = pattern.partition("{")
-    names = after.partition("}")[0].split(",") if brace else [None]
-    paths = [p for n in names for p in ([ROOT / f"{before}{n}.py"] if n else sorted(ROOT.glob(pattern)))]
-    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths if not p.name.startswith("_")]
-    return f"# {title}\n\n" + "\n\n".join(f"::: {module}" for module in modules) + "\n"
+    names = first.split()
+    if folder != "emocircuits":
+        public = (p.stem for p in sorted((ROOT / folder).glob("*.py")) if not p.stem.startswith("_"))
+        names += [name for name in public if name not in names]
+    room = folder.replace("/", ".")
+    return f"# {title}\n\n" + "\n\n".join(f"::: {room}.{name}" for name in names) + "\n"
