@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import Progress
@@ -113,8 +113,9 @@ def suppression_matrix(
     ids: [T] or [1, T]; bounds: n + 1 token positions (`Steps.token_bounds`); positions are not renumbered. batch:
     sources in one pass (default: as many as keep it near 1,024 tokens). align: "predict" scores the distributions that
     predict a step's tokens, at start-1..stop-2; "compat" those at start..stop-1, as published. first_k: score the first
-    k tokens of a step only. layers: hide in these only (default: all). Raises InputError for bounds that do not fit,
-    HookError for a model without an LM head, or with a layer without softmax attention.
+    k tokens of a step only. layers: hide in these only (default: all). Edits on the model meanwhile must be at all
+    positions, since several sources share a row. Raises InputError for bounds that do not fit, HookError for a model
+    without an LM head, or with a layer without softmax attention.
     """
     tokens, bounds = checked(ids, bounds)
     shift = shift_of(align)
@@ -170,6 +171,14 @@ def _split(items: Sequence[_Source], fits: Callable[[list[_Source]], bool]) -> I
     yield part
 
 
+class _Kept(NamedTuple):
+    """What the attention of one layer was given."""
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+
 class _Clean:
     """One pass over the text [1, T] as it is: final hidden states [T, d], and keys, values and mask of every layer."""
 
@@ -184,11 +193,11 @@ class _Clean:
         config = text_config(getattr(self.module, "config", None))
         context = getattr(config, "max_position_embeddings", None) or math.inf
         self.room = context if self.takes_positions else 0  # in one row; 0: for one source at a time
-        self.calls: dict[int, Call] = {}
+        self.kept: dict[int, _Kept] = {}
         self.hidden = self._run(self._keep, ids)[0]
 
     def _keep(self, call: Call, proceed: Proceed) -> Any:
-        self.calls[call.layer] = replace(call, query=call.query[:, :, :0])
+        self.kept[call.layer] = _Kept(call.key, call.value, call.mask)
         return proceed(call)
 
     def _run(self, handler: Callable[[Call, Proceed], Any], ids: Tensor, **more: Tensor) -> Tensor:
@@ -210,7 +219,7 @@ class _Clean:
         masks: dict[Any, Tensor | None] = {}  # layers of a kind share one
 
         def handler(call: Call, proceed: Proceed) -> Any:
-            sizes, clean = [length - start for start in starts], self.calls[call.layer]
+            sizes, clean = [length - start for start in starts], self.kept[call.layer]
             outputs = []
             for i, own in enumerate(zip(*(x.split(sizes, dim=2) for x in (call.query, call.key, call.value)))):
                 part = _continued(replace(call, query=own[0], key=own[1], value=own[2]), clean, starts[i])
@@ -230,7 +239,7 @@ class _Clean:
         return [x[s.first - start :] for x, s, start in zip(parts, sources, starts)]
 
 
-def _continued(call: Call, clean: Call, start: int) -> Call:
+def _continued(call: Call, clean: _Kept, start: int) -> Call:
     """The call of the tokens from `start` on, with the clean pass's keys, values and mask for what is before them."""
     key, value = (
         torch.cat([old[:, :, :start], new], dim=2) for old, new in ((clean.key, call.key), (clean.value, call.value))
