@@ -78,10 +78,10 @@ def measures(part: Part) -> dict[str, Floats]:
 
 
 def rank_correlation(x: Floats, y: Floats, given: Floats | None = None) -> float:
-    """Spearman's correlation where both are defined (`given`: its partial form); NaN for fewer than four steps."""
+    """Spearman's correlation where both are defined (`given`: its partial form, of five steps at least); NaN for fewer than four."""
     columns = [x, y] if given is None else [x, y, given]
     known = ~np.isnan(np.stack(columns)).any(0)
-    if known.sum() < 4:
+    if known.sum() < len(columns) + 2:
         return math.nan
     ranks = [_ranks(c[known]) for c in columns]
     if any(r.std() == 0 for r in ranks):
