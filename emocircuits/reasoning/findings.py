@@ -78,7 +78,7 @@ def measures(part: Part) -> dict[str, Floats]:
 
 
 def rank_correlation(x: Floats, y: Floats, given: Floats | None = None) -> float:
-    """Spearman's correlation where both are defined, NaN for fewer than four steps; with `given` the partial one (five)."""
+    """Spearman's correlation where both are defined, or the partial one; NaN for fewer than four steps (five)."""
     columns = [x, y] if given is None else [x, y, given]
     known = ~np.isnan(np.stack(columns)).any(0)
     if known.sum() < len(columns) + 2:
