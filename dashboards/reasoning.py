@@ -84,7 +84,8 @@ def step_row(trace: Found, step: int) -> list[Row]:
         for dose, value in zip(emotion["doses"], emotion["odds"][step]):
             said = f"log-odds of {emotion['pushed']} when pushed by {num(dose, '+.2f')}"
             rows.append({"measure": said, "value": num(value, "+.2f")})
-    return [{"interval": "", "p of the null": "", "note": "", **row} for row in rows]
+    columns = ("measure", "value", "interval", "p of the null", "note")
+    return [{name: row.get(name, "") for name in columns} for row in rows]
 
 
 def _interval(row: Found) -> str:
