@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,10 +12,12 @@ from transformers import PreTrainedTokenizerFast
 
 from emocircuits.activations.edit import edit
 from emocircuits.activations.edits import Add
+from emocircuits.circuits.assemble import Circuit
+from emocircuits.circuits.units import Units
 from emocircuits.directions import DirectionSet
 from emocircuits.errors import InputError
 from emocircuits.multimodal.balance import Answers
-from emocircuits.reasoning.emotion import carried, push_steps
+from emocircuits.reasoning.emotion import carried, carried_by_circuit, push_steps
 from emocircuits.reasoning.steps import split
 from emocircuits.reasoning.tokens import trace_tokens
 from emocircuits.reasoning.traces import Trace
@@ -69,6 +72,30 @@ def test_emotion_is_read_where_it_was_said(organism: Organism) -> None:
     assert closing[1, 2] < 0.2 * found[1, 2]  # the code stands at the word, not at the full stop
     with pytest.raises(InputError, match="unknown reading of a step"):
         carried(organism.model, TOKENS, TRACE, directions(), 0, read="first")
+
+
+def test_a_circuit_gets_what_its_head_moves_and_another_gets_nothing(organism: Organism) -> None:
+    """Head (1, 2) moves the code from block A to block B; read in B, that is all of the emotion there."""
+    made = directions()
+    moved = torch.zeros_like(made.vectors)
+    moved[..., 3:6] = made.vectors[..., :3]
+    made = replace(made, vectors=moved)
+    n = organism.model.config.num_hidden_layers
+    zeros = torch.zeros(3, 1, n, 4, 8), torch.zeros(3, 1, n, 48), torch.zeros(3, 1, n, D_MODEL)
+    units = Units(
+        EMOTIONS, ("all",), torch.ones(3, 1), *zeros, torch.zeros(3, 1, n, 4, 3), torch.zeros(3, 1, n, 48),
+        torch.zeros(n, 48), torch.zeros(3, n, 48), torch.ones(n, D_MODEL), torch.ones(n, D_MODEL),
+    )  # fmt: skip
+    whole = carried(organism.model, TOKENS, TRACE, made, 1)
+    own = Circuit("fear", ((1, 2),), (), (1.0,), ())
+    other = Circuit("fear", ((0, 3),), ((0, 5),), (1.0,), (1.0,))
+    found = carried_by_circuit(organism.model, TOKENS, TRACE, made, 1, own, units)
+    assert whole[1, 2] > 0.03  # the noise of all other weights is ten times less
+    assert found[1:, 2] == pytest.approx(whole[1:, 2], rel=0.05)
+    stray = carried_by_circuit(organism.model, TOKENS, TRACE, made, 1, other, units)
+    assert stray.abs().max() < 0.02 * whole[1, 2]
+    nothing = carried_by_circuit(organism.model, TOKENS, TRACE, made, 1, Circuit("fear", (), (), (), ()), units)
+    assert nothing.abs().max() == 0
 
 
 def test_pushes_equal_one_edited_pass_each(organism: Organism) -> None:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ..activations.capture import capture
 from ..activations.edit import edit
-from ..activations.edits import Add
+from ..activations.edits import Ablate, Add, Edit
+from ..circuits.assemble import Circuit
+from ..circuits.units import Units
 from ..directions import DirectionSet
 from ..errors import InputError, unknown
 from ..models.anatomy import unwrap
@@ -49,6 +51,31 @@ def carried(
     scores = x @ directions.units[:, slot].T / directions.norms[slot]
     found[[a < b for a, b in pairwise(bounds)]] = scores - scores.mean(-1, keepdim=True)
     return found
+
+
+@torch.no_grad()
+def carried_by_circuit(
+    model: Any, tokenizer: Any, trace: Trace, directions: DirectionSet, layer: int, circuit: Circuit, units: Units
+) -> Tensor:
+    """[n, E] how much of what steps carry is the circuit's doing: `carried`, less the same with its units ablated.
+
+    Ablated heads and neurons hold their mean over all emotions (`units`) on the steps' tokens, so what is left of a
+    step's emotion then came by other ways. Raises InputError as `carried` does.
+    """
+    ids, bounds = trace_tokens(tokenizer, trace)
+    span = [(bounds[0], bounds[-1])]
+    edits: list[Edit] = []
+    for kind, site in (("heads", "z"), ("neurons", "mlp_post")):
+        baseline = units.baseline(site)
+        for at in sorted({at for at, _ in circuit.units(kind)}):
+            members = [unit for place, unit in circuit.units(kind) if place == at]
+            value = baseline[at][members]
+            edits.append(Ablate(site=site, layer=at, units=members, positions=span, mode="mean", value=value))
+    whole = carried(model, tokenizer, trace, directions, layer)
+    if not edits:
+        return torch.zeros_like(whole)
+    with edit(model, edits):
+        return whole - carried(model, tokenizer, trace, directions, layer)
 
 
 @dataclass(frozen=True)
