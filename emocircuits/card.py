@@ -64,11 +64,11 @@ def measure(
         arms["random"], said = steerer.randomised(seed), {}
     cells = [("none", 0.0, None), *((m, d, d * s) for d in sorted(doses) for m, s in arms.items())]
     write = partial(
-        _written, model=model, tokenizer=tokenizer, decoding=Decoding(max_new_tokens, min(12, max_new_tokens)),
+        written, model=model, tokenizer=tokenizer, decoding=Decoding(max_new_tokens, min(12, max_new_tokens)),
         batch_size=batch_size, seed=seed, progress=progress,
     )  # fmt: skip
-    limits = _limits(write, n_scenarios)
-    prompts = _prompts(heldout(), n_scenarios)
+    limits = fluency_limits(write, n_scenarios)
+    prompts = scenario_prompts(heldout(), n_scenarios)
     rows = write([{**p, "method": m, "dose": d, "emotion": emotion} for m, d, _ in cells for p in prompts],
                  [s for *_, s in cells for _ in prompts], title=f"cost of {steerer.name}")  # fmt: skip
     scored = scoring.score_rows(rows, judge, limits)
@@ -87,20 +87,21 @@ def measure(
     }
 
 
-def _limits(write: Any, n_scenarios: int) -> FluencyThresholds:
-    rows = _prompts(discovery(), max(20, n_scenarios))
+def fluency_limits(write: Any, n_scenarios: int) -> FluencyThresholds:
+    """The coherence gate, fitted on unsteered texts of training scenarios; `write` is `written` with its settings."""
+    rows = scenario_prompts(discovery(), max(20, n_scenarios))
     rows = write(rows, [None] * len(rows), title="unsteered")
     return fit_thresholds([r["text"] for r in rows], [r["perplexity"] for r in rows])
 
 
-def _prompts(scenarios: Any, n: int) -> list[Row]:
-    """n scenarios spread over the themes, as prompts."""
+def scenario_prompts(scenarios: Any, n: int) -> list[Row]:
+    """n scenarios spread over the themes, as rows with their prompt."""
     groups = one_valence(scenarios)
     picked = [groups[round(i)] for i in np.linspace(0, len(groups) - 1, min(n, len(groups)))]
     return [{"skeleton_id": g.skeleton_id, "prompt": completion_prompt(g)} for g in picked]
 
 
-def _written(
+def written(
     rows: list[Row], steerers: Sequence[Steerer | None], *, model: Any, tokenizer: Any, decoding: Decoding,
     batch_size: int, seed: int, progress: Progress | None, title: str,
 ) -> list[Row]:  # fmt: skip

@@ -42,13 +42,10 @@ def dose_response(arms: Mapping[str, Sequence[Row]], measure: str = "expression"
 
 def arms_of(steered: Row) -> dict[str, list[Row]]:
     """The arms of one `steering` entry of sae.json: the latent, random directions, matched latents; dose 0 is none."""
+    names = {"steered": f"latent {steered['latent']}", "random": "random direction, same norm"}
+    names |= {f"matched {i}": f"latent {i}, as sparse and as strong" for i in steered["matched"]}
     none = [c for c in steered["cells"] if c["method"] == "none"]
-    arms = {f"latent {steered['latent']}": [*none, *(c for c in steered["cells"] if c["method"] == "steered")]}
-    arms["random direction, same norm"] = [*none, *(c for c in steered["cells"] if c["method"] == "random")]
-    for latent, cells in zip(steered["matched"], steered["matched_cells"]):
-        own = [c for c in cells if c["method"] == "steered"]
-        arms[f"latent {latent}, as sparse and as strong"] = [*(c for c in cells if c["method"] == "none"), *own]
-    return arms
+    return {said: [*none, *(c for c in steered["cells"] if c["method"] == name)] for name, said in names.items()}
 
 
 def _gap(point: Row, end: str) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from rich.progress import Progress
 from scipy import sparse
 
 from emocircuits.activations.store import ActivationStore
-from emocircuits.card import measure
+from emocircuits.card import fluency_limits, scenario_prompts, written
 from emocircuits.data.emotions import EKMAN6
 from emocircuits.data.problems import few_shot_prompt, load_problems
 from emocircuits.data.prompts import SPEECH
 from emocircuits.data.scenarios import ScenarioSet, discovery, heldout
 from emocircuits.errors import InputError
+from emocircuits.evaluation import scoring
+from emocircuits.evaluation.judges import EmbeddingJudge
+from emocircuits.generation import Decoding
 from emocircuits.models.fingerprint import fingerprint
 from emocircuits.models.load import Loaded
 from emocircuits.reasoning.steps import split
@@ -56,7 +60,7 @@ class Plan:
     seeds: int = 3
     scenarios: int | None = None
     shuffles: int = 500
-    steer: int = 8
+    steer: int = 10
     matched: int = 2
     max_new_tokens: int = 26
     seed: int = 0
@@ -264,28 +268,38 @@ def _steered(
     """Dose-response of a latent, of a random direction of its norm, and of latents like it that mean something else."""
     same = [row["latent"] for row in features[emotion]]
     others = matched_latents(sae, activity, latent, plan.matched, exclude=same, seed=plan.seed)
-
-    def card(index: int) -> dict[str, Any]:
-        steerer = latent_steerer(loaded.model, sae, key, index, activity, positions="all")
-        return measure(
-            steerer, loaded.model, loaded.tokenizer, emotion, doses=DOSES, n_scenarios=plan.steer,
-            max_new_tokens=plan.max_new_tokens, seed=plan.seed, progress=progress,
-        )  # fmt: skip
-
-    own, controls = card(latent), [card(i) for i in others]
-    cells = {(c["method"], c["dose"]): c for c in own["cells"]}
+    made = {i: latent_steerer(loaded.model, sae, key, i, activity, positions="all") for i in (latent, *others)}
+    arms = {"steered": made[latent], "random": made[latent].randomised(plan.seed)}
+    arms |= {f"matched {i}": made[i] for i in others}
+    plans = [("none", 0.0, None), *((name, d, d * s) for d in DOSES for name, s in arms.items())]
+    write = partial(
+        written, model=loaded.model, tokenizer=loaded.tokenizer, decoding=Decoding(plan.max_new_tokens, 12),
+        batch_size=48, seed=plan.seed, progress=progress,
+    )  # fmt: skip
+    limits, prompts = fluency_limits(write, plan.steer), scenario_prompts(heldout(), plan.steer)
+    rows = [{**p, "method": m, "dose": d, "emotion": emotion} for m, d, _ in plans for p in prompts]
+    rows = write(rows, [s for *_, s in plans for _ in prompts], title=f"latent {latent}")
+    scored = scoring.score_rows(rows, EmbeddingJudge(seed=plan.seed), limits)
+    groups = [scored[i : i + len(prompts)] for i in range(0, len(scored), len(prompts))]
+    cells = {(m, d): _cell(group, m, d, plan.seed) for group, (m, d, _) in zip(groups, plans)}
     best = max((d for d in DOSES if d > 0), key=lambda d: cells["steered", d]["coherent"]["estimate"] or 0.0)
 
     def beats(other: Mapping[str, Any]) -> bool:
         return (cells["steered", best]["coherent"]["low"] or 0.0) > (other["coherent"]["high"] or 0.0)
 
-    rivals = [cells["none", 0.0], cells["random", best]]
-    rivals += [c for card in controls for c in card["cells"] if (c["method"], c["dose"]) == ("steered", best)]
+    rivals = [cells["none", 0.0], *(cells[name, best] for name in arms if name != "steered")]
+    ordered = [cells["none", 0.0] if d == 0 else cells["steered", d] for d in sorted({*DOSES, 0.0})]
     return {
-        "latent": latent, "matched": others, "best_dose": best, "cells": own["cells"],
-        "matched_cells": [card["cells"] for card in controls],
-        "rises": _monotone([cells["none", 0.0] if d == 0 else cells["steered", d] for d in sorted({*DOSES, 0.0})]),
-        "survives_every_control": all(map(beats, rivals)),
+        "latent": latent, "matched": others, "best_dose": best, "cells": list(cells.values()),
+        "rises": _monotone(ordered), "survives_every_control": all(map(beats, rivals)),
+    }  # fmt: skip
+
+
+def _cell(rows: Sequence[dict[str, Any]], method: str, dose: float, seed: int) -> dict[str, Any]:
+    rates = (("coherent", "coherent"), ("expression", "expressed"), ("degenerate", "degenerate"))
+    return {
+        "method": method, "dose": dose, **{name: scoring.interval(rows, key, seed) for name, key in rates},
+        "perplexity": scoring.median(rows), "example": str(rows[0]["text"]).strip(),
     }  # fmt: skip
 
 

@@ -153,9 +153,12 @@ def write_sae(path: Path) -> Path:
         "explained_variance": 0.6, "l0": 16.0, "dead": 0.1, "max_cosine_mean": 0.3,
         "density_histogram": {"log10_edges": [-3.0, -2.0, -1.0], "counts": [5, 2]},
     }  # fmt: skip
-    cells = [cell("none", 0.0, 0.1), *(cell(m, d, 0.5) for m in ("steered", "random") for d in (-1.0, 1.0))]
+    cells = [
+        cell("none", 0.0, 0.1),
+        *(cell(m, d, 0.5) for m in ("steered", "random", "matched 5") for d in (-1.0, 1.0)),
+    ]
     steered = {
-        "latent": 3, "matched": [5], "best_dose": 1.0, "cells": cells, "matched_cells": [cells], "rises": 0.9,
+        "latent": 3, "matched": [5], "best_dose": 1.0, "cells": cells, "rises": 0.9,
         "survives_every_control": True,
     }  # fmt: skip
     kept, lost = (
