@@ -28,6 +28,8 @@ from .traces import Steps, Trace
 Part = Mapping[str, Any]
 Floats = NDArray[np.float64]
 HEADS = 16
+FEWEST = 5
+"""Traces that an interval over traces needs: resamples of fewer are too much alike."""
 MEASURES: dict[str, tuple[str, Callable[[Part], Any]]] = {
     "forced": ("the answer moves when asked at once (KL)", lambda p: _column(p["forced"]["kl"], "value")),
     "resampling": ("rollouts' answers move (KL)", lambda p: _column(p["sampled"]["resampling"], "value")),
@@ -99,9 +101,11 @@ def _ranks(values: Floats) -> Floats:
 
 
 def mean_over(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """Mean over traces with its interval; traces where it is undefined are left out and counted."""
+    """Mean over traces with its interval, from five traces on; where it is undefined they are left out and counted."""
     known = [v for v in values if not math.isnan(v)]
     found = asdict(clustered_bootstrap(np.array(known), range(len(known)), seed=seed))
+    if 0 < len(known) < FEWEST:
+        found |= {"low": math.nan, "high": math.nan, "reason": f"an interval needs {FEWEST} traces, got {len(known)}"}
     return {**found, "undefined": len(values) - len(known)}
 
 
