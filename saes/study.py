@@ -19,6 +19,7 @@ from rich.progress import Progress
 from scipy import sparse
 
 from emocircuits.activations.store import ActivationStore
+from emocircuits.artefact import write_json_atomic, write_text_atomic
 from emocircuits.card import fluency_limits, scenario_prompts, written
 from emocircuits.data.emotions import EKMAN6
 from emocircuits.data.problems import few_shot_prompt, load_problems
@@ -40,6 +41,7 @@ from .metrics import baselines, quality, stability
 from .recipe import Recipe
 from .splice import recovery
 from .steering import latent_steerer, matched_latents
+from .tables import markdown
 from .train import Trained, train
 from .vectors import Vectors, is_sink, stored, without_sinks
 
@@ -168,14 +170,13 @@ def run_demo(loaded: Loaded, out: str | Path, plan: Plan | None = None, progress
             for emotion, latent in chosen.items()
         }
     return run.stage(
-        "sae", ["sae.json"], lambda: _write(run.file("sae.json"), report), lambda: run.file("sae.json")
+        "sae", ["sae.json", "sae.md"], lambda: _write(run, report, loaded.name), lambda: run.file("sae.json")
     )  # fmt: skip
 
 
-def _write(path: Path, report: Mapping[str, Any]) -> None:
-    from emocircuits.artefact import write_json_atomic
-
-    write_json_atomic(path, report)
+def _write(run: Run, report: Mapping[str, Any], model: str) -> None:
+    write_json_atomic(run.file("sae.json"), report)
+    write_text_atomic(run.file("sae.md"), markdown(report, model))
 
 
 def _collected(

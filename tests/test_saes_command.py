@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import sparse
-from synthetic_run import write_usable_run
+from synthetic_run import write_sae, write_usable_run
 
 from emocircuits import cli
 from emocircuits.steering import Steerer
@@ -100,6 +100,18 @@ def test_the_study_runs_and_reads_what_it_finished(demo: Any, tmp_path: Path) ->
     assert report["quality"]["vectors"] > 1000
     assert 0 < report["quality"]["held_out_themes"]["explained_variance"] < 1
     assert report["quality"]["stability"] is not None
+    assert "| this SAE |" in (tmp_path / "run" / "sae.md").read_text()
     stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*.json")}
     run_demo(demo, tmp_path / "run", plan)
     assert stamps == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*.json")}
+
+
+def test_the_tables_tell_what_steering_did(tmp_path: Path) -> None:
+    from saes.tables import markdown
+
+    report = json.loads((write_sae(tmp_path / "run") / "sae.json").read_text())
+    report["plan"] = {"width": 64, "k": 4, "layer": 2}
+    told = markdown(report, "tiny")
+    assert "| fear | 3 | 0.90 | 1.0 | 50% [" in told
+    assert told.count("| no |") == 1
+    assert "| fear | 4 | 2.0 | n/a | n/a | dark, run |" in told

@@ -1,0 +1,77 @@
+"""The study's tables as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from emocircuits._figures import number
+
+Row = Mapping[str, Any]
+
+
+def markdown(report: Row, model: str) -> str:
+    """What sae.json holds, for reading: reconstruction, latents of emotions and appraisals, and what steering did."""
+    plan, quality = report["plan"], report["quality"]
+    said = [
+        f"# A step SAE of {model}",
+        f"TopK, {plan['width']} latents, {plan['k']} active, layer {plan['layer']} of resid_post, {quality['vectors']:,}"
+        " token vectors of emotional replies and reasoning. Scores are on themes that nothing was trained on.",
+        table(
+            ["", "explained variance", "L0", "dead"],
+            [[name, _n(q["explained_variance"]), _n(q["l0"], ".1f"), _n(q["dead"], ".0%")]
+             for name, q in {"this SAE": quality["held_out_themes"], **quality["baselines"]}.items()],
+        ),
+        f"Spliced into the model it keeps {_n(quality['recovered'], '.0%')} of the loss that zeros cost"
+        f" ({quality['tokens_scored']} tokens).",
+    ]  # fmt: skip
+    if stable := quality.get("stability"):
+        said.append(
+            f"Dictionaries of other seeds match with a mean cosine of {_n(stable['mean_matched_cosine'])}"
+            f" (random ones: {_n(stable['random'])})."
+        )
+    rows = [
+        [emotion, str(r["latent"]), _n(r["lift"], ".1f"), _n(r["held_out_lift"], ".1f"), _n(r["held_out_p"], ".1g"),
+         ", ".join(w.strip() for w in r["words"])]
+        for emotion, latents in report["features"]["emotions"].items()
+        for r in latents[:3]
+    ]  # fmt: skip
+    said.append("Latents that fire more at an emotion's replies than with labels shuffled within scenarios (FDR 5 %).")
+    said.append(table(["emotion", "latent", "lift", "on held-out themes", "p there", "words on the direct path"], rows))
+    counts = ", ".join(f"{e} {n}" for e, n in report["features"]["counts"].items())
+    said.append(f"So many of {plan['width']} pass for each label: {counts}.")
+    if report.get("steering"):
+        said += ["Steering by each emotion's first latent, doses in its own maximum:", _steering(report["steering"])]
+    return "\n\n".join(said) + "\n"
+
+
+def _steering(steering: Mapping[str, Row]) -> str:
+    rows = []
+    for emotion, found in steering.items():
+        cells = {(c["method"], c["dose"]): c for c in found["cells"]}
+        best = found["best_dose"]
+        rivals = [cells[f"matched {i}", best] for i in found["matched"]]
+        rows.append([
+            emotion, str(found["latent"]), _n(found["rises"]), _n(best, ".1f"), _rate(cells["steered", best]),
+            _rate(cells["none", 0.0]), _rate(cells["random", best]), "; ".join(map(_rate, rivals)),
+            "yes" if found["survives_every_control"] else "no",
+        ])  # fmt: skip
+    heads = ["emotion", "latent", "dose ~ expression", "best dose", "coherent expression", "no steering",
+             "random, same norm", "matched latents", "beats all beyond intervals"]  # fmt: skip
+    return table(heads, rows)
+
+
+def _rate(found: Row) -> str:
+    c = found["coherent"]
+    return f"{_n(c['estimate'], '.0%')} [{_n(c['low'], '.0%')}, {_n(c['high'], '.0%')}]"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; a bar inside a cell is kept from ending it."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(str(x).replace("|", "\\|") for x in line) + " |" for line in lines)
+
+
+def _n(value: Any, form: str = ".2f") -> str:
+    found = number(value)
+    return "n/a" if found is None else format(found, form)
