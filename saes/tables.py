@@ -15,7 +15,7 @@ def markdown(report: Row, model: str) -> str:
     plan, quality = report["plan"], report["quality"]
     said = [
         f"# A step SAE of {model}",
-        f"TopK, {plan['width']} latents, {plan['k']} active, layer {plan['layer']} of resid_post, {quality['vectors']:,}"
+        f"TopK, {plan['width']} latents, {plan['k']} active, resid_post {plan['layer']}, {quality['vectors']:,}"
         " token vectors of emotional replies and reasoning. Scores are on themes that nothing was trained on.",
         table(
             ["", "explained variance", "L0", "dead"],
