@@ -73,7 +73,9 @@ def appraisal_rows(found: Found) -> list[Row]:
 def verdict(steered: Found) -> str:
     """What the steering of one latent showed, whichever way it came out."""
     trend = f"rank correlation of dose and expression {num(steered['rises'])}"
-    if not steered["survives_every_control"]:
-        return f"It does not beat every control beyond their intervals; {trend}."
-    dose = num(steered["best_dose"], ".1f")
-    return f"At dose {dose} it beats no steering, random directions and matched latents beyond intervals; {trend}."
+    again = steered["confirmed"]
+    where = f"at dose {num(steered['best_dose'], '.1f')} on {again['scenarios']} scenarios that did not choose it"
+    if again["survives_every_control"]:
+        return f"It beats no steering, random directions and matched latents {where} (paired tests, Holm); {trend}."
+    weak = ", ".join(f"{m} (p = {num(d['p'], '.2g')})" for m, d in again["differences"].items() if d["p"] > 0.05)
+    return f"It does not beat every control {where}: {weak or 'a difference is negative'}; {trend}."

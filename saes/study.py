@@ -18,6 +18,7 @@ import torch
 from rich.progress import Progress
 from scipy import sparse
 
+from emocircuits.activations.sites import Key
 from emocircuits.activations.store import ActivationStore
 from emocircuits.artefact import write_json_atomic, write_text_atomic
 from emocircuits.card import fluency_limits, scenario_prompts, written
@@ -28,12 +29,14 @@ from emocircuits.data.scenarios import ScenarioSet, discovery, heldout
 from emocircuits.errors import InputError
 from emocircuits.evaluation import scoring
 from emocircuits.evaluation.judges import EmbeddingJudge
+from emocircuits.evaluation.statistics import holm, paired_test
 from emocircuits.generation import Decoding
 from emocircuits.models.fingerprint import fingerprint
 from emocircuits.models.load import Loaded
 from emocircuits.reasoning.steps import split
 from emocircuits.reasoning.traces import Steps, Trace
 from emocircuits.runs import Run
+from emocircuits.steering import Steerer
 
 from .collect import collect
 from .features import Activity, Enrichment, encode_all, enrichment, logit_lens, top_steps
@@ -163,12 +166,14 @@ def run_demo(loaded: Loaded, out: str | Path, plan: Plan | None = None, progress
         activity, settings = Activity.of(known.codes), plan
 
         def steered(emotion: str, latent: int) -> dict[str, Any]:
-            return _steered(loaded, sae, key, latent, emotion, activity, found, settings, progress)
+            arms = _Arms.of(loaded, sae, key, latent, emotion, activity, found, settings, progress)
+            first = run.json_stage(f"steer_{emotion}", lambda: _steered(arms))
+            return {
+                **first,
+                "confirmed": run.json_stage(f"confirm_{emotion}", lambda: _confirmed(arms, first["best_dose"])),
+            }
 
-        report["steering"] = {
-            emotion: run.json_stage(f"steer_{emotion}", lambda e=emotion, i=latent: steered(e, i))
-            for emotion, latent in chosen.items()
-        }
+        report["steering"] = {emotion: steered(emotion, latent) for emotion, latent in chosen.items()}
     return run.stage(
         "sae", ["sae.json", "sae.md"], lambda: _write(run, report, loaded.name), lambda: run.file("sae.json")
     )  # fmt: skip
@@ -262,37 +267,70 @@ def _known(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _steered(
-    loaded: Loaded, sae: Any, key: tuple[str, int], latent: int, emotion: str, activity: Activity,
-    features: Mapping[str, Sequence[Mapping[str, Any]]], plan: Plan, progress: Progress | None,
-) -> dict[str, Any]:  # fmt: skip
+@dataclass(frozen=True)
+class _Arms:
+    """A latent's steerer beside its controls, and how their texts are written and scored."""
+
+    loaded: Loaded
+    emotion: str
+    latent: int
+    others: list[int]
+    steerers: Mapping[str, Steerer]
+    plan: Plan
+    progress: Progress | None
+
+    @classmethod
+    def of(
+        cls, loaded: Loaded, sae: Any, key: Key, latent: int, emotion: str, activity: Activity,
+        features: Mapping[str, Sequence[Mapping[str, Any]]], plan: Plan, progress: Progress | None,
+    ) -> _Arms:  # fmt: skip
+        same = [row["latent"] for row in features[emotion]]
+        others = matched_latents(sae, activity, latent, plan.matched, exclude=same, seed=plan.seed)
+        made = {i: latent_steerer(loaded.model, sae, key, i, activity, positions="all") for i in (latent, *others)}
+        arms = {"steered": made[latent], "random": made[latent].randomised(plan.seed)}
+        arms |= {f"matched {i}": made[i] for i in others}
+        return cls(loaded, emotion, latent, others, arms, plan, progress)
+
+    def scored(self, prompts: Sequence[dict[str, Any]], doses: Sequence[float]) -> dict[tuple[str, float], list[Any]]:
+        """Scored texts of every arm at every dose, and of no steering, in the order of the prompts."""
+        cells = [("none", 0.0, None), *((name, d, d * s) for d in doses for name, s in self.steerers.items())]
+        write = partial(
+            written, model=self.loaded.model, tokenizer=self.loaded.tokenizer, batch_size=48, seed=self.plan.seed,
+            decoding=Decoding(self.plan.max_new_tokens, 12), progress=self.progress,
+        )  # fmt: skip
+        limits = fluency_limits(write, self.plan.steer)
+        rows = [{**p, "method": m, "dose": d, "emotion": self.emotion} for m, d, _ in cells for p in prompts]
+        rows = write(rows, [s for *_, s in cells for _ in prompts], title=f"latent {self.latent}")
+        found, n = scoring.score_rows(rows, EmbeddingJudge(seed=self.plan.seed), limits), len(prompts)
+        return {(m, d): found[i * n : (i + 1) * n] for i, (m, d, _) in enumerate(cells)}
+
+
+def _steered(arms: _Arms) -> dict[str, Any]:
     """Dose-response of a latent, of a random direction of its norm, and of latents like it that mean something else."""
-    same = [row["latent"] for row in features[emotion]]
-    others = matched_latents(sae, activity, latent, plan.matched, exclude=same, seed=plan.seed)
-    made = {i: latent_steerer(loaded.model, sae, key, i, activity, positions="all") for i in (latent, *others)}
-    arms = {"steered": made[latent], "random": made[latent].randomised(plan.seed)}
-    arms |= {f"matched {i}": made[i] for i in others}
-    plans = [("none", 0.0, None), *((name, d, d * s) for d in DOSES for name, s in arms.items())]
-    write = partial(
-        written, model=loaded.model, tokenizer=loaded.tokenizer, decoding=Decoding(plan.max_new_tokens, 12),
-        batch_size=48, seed=plan.seed, progress=progress,
-    )  # fmt: skip
-    limits, prompts = fluency_limits(write, plan.steer), scenario_prompts(heldout(), plan.steer)
-    rows = [{**p, "method": m, "dose": d, "emotion": emotion} for m, d, _ in plans for p in prompts]
-    rows = write(rows, [s for *_, s in plans for _ in prompts], title=f"latent {latent}")
-    scored = scoring.score_rows(rows, EmbeddingJudge(seed=plan.seed), limits)
-    groups = [scored[i : i + len(prompts)] for i in range(0, len(scored), len(prompts))]
-    cells = {(m, d): _cell(group, m, d, plan.seed) for group, (m, d, _) in zip(groups, plans)}
-    best = max((d for d in DOSES if d > 0), key=lambda d: cells["steered", d]["coherent"]["estimate"] or 0.0)
-
-    def beats(other: Mapping[str, Any]) -> bool:
-        return (cells["steered", best]["coherent"]["low"] or 0.0) > (other["coherent"]["high"] or 0.0)
-
-    rivals = [cells["none", 0.0], *(cells[name, best] for name in arms if name != "steered")]
+    found = arms.scored(scenario_prompts(heldout(), arms.plan.steer), DOSES)
+    cells = {(m, d): _cell(rows, m, d, arms.plan.seed) for (m, d), rows in found.items()}
     ordered = [cells["none", 0.0] if d == 0 else cells["steered", d] for d in sorted({*DOSES, 0.0})]
     return {
-        "latent": latent, "matched": others, "best_dose": best, "cells": list(cells.values()),
-        "rises": _monotone(ordered), "survives_every_control": all(map(beats, rivals)),
+        "latent": arms.latent, "matched": arms.others, "cells": list(cells.values()), "rises": _monotone(ordered),
+        "best_dose": max((d for d in DOSES if d > 0), key=lambda d: cells["steered", d]["coherent"]["estimate"] or 0.0),
+    }  # fmt: skip
+
+
+def _confirmed(arms: _Arms, dose: float) -> dict[str, Any]:
+    """The chosen dose on the held-out scenarios that did not choose it: paired tests against every control (Holm)."""
+    used = {p["skeleton_id"] for p in scenario_prompts(heldout(), arms.plan.steer)}
+    prompts = [p for p in scenario_prompts(heldout(), 10**6) if p["skeleton_id"] not in used]
+    found = arms.scored(prompts, [dose])
+    clusters = [p["skeleton_id"] for p in prompts]
+    own, *rivals = [("steered", dose), ("none", 0.0), *((n, dose) for n in arms.steerers if n != "steered")]
+    rates = {m: np.array([float(r["coherent"]) for r in found[m, d]]) for m, d in (own, *rivals)}
+    tests = {m: paired_test(rates["steered"], rates[m], clusters, seed=arms.plan.seed) for m, _ in rivals}
+    p = dict(zip(tests, holm([t.p for t in tests.values()]).tolist()))
+    return {
+        "dose": dose, "scenarios": len(prompts),
+        "cells": [_cell(found[m, d], m, d, arms.plan.seed) for m, d in (own, *rivals)],
+        "differences": {m: {"p": p[m], **asdict(t.difference)} for m, t in tests.items()},
+        "survives_every_control": all(p[m] <= 0.05 and t.difference.estimate > 0 for m, t in tests.items()),
     }  # fmt: skip
 
 

@@ -48,16 +48,16 @@ def markdown(report: Row, model: str) -> str:
 def _steering(steering: Mapping[str, Row]) -> str:
     rows = []
     for emotion, found in steering.items():
-        cells = {(c["method"], c["dose"]): c for c in found["cells"]}
-        best = found["best_dose"]
-        rivals = [cells[f"matched {i}", best] for i in found["matched"]]
+        again, controls = found["confirmed"], []
+        cells = {c["method"]: c for c in again["cells"]}
+        for name, d in again["differences"].items():
+            controls.append(f"{name} {_rate(cells[name])}, p = {_n(d['p'], '.2g')}")
         rows.append([
-            emotion, str(found["latent"]), _n(found["rises"]), _n(best, ".1f"), _rate(cells["steered", best]),
-            _rate(cells["none", 0.0]), _rate(cells["random", best]), "; ".join(map(_rate, rivals)),
-            "yes" if found["survives_every_control"] else "no",
+            emotion, str(found["latent"]), _n(found["rises"]), _n(found["best_dose"], ".1f"), str(again["scenarios"]),
+            _rate(cells["steered"]), "; ".join(controls), "yes" if again["survives_every_control"] else "no",
         ])  # fmt: skip
-    heads = ["emotion", "latent", "dose ~ expression", "best dose", "coherent expression", "no steering",
-             "random, same norm", "matched latents", "beats all beyond intervals"]  # fmt: skip
+    heads = ["emotion", "latent", "dose ~ expression", "best dose", "other scenarios", "coherent expression there",
+             "controls there (paired test, Holm)", "survives all"]  # fmt: skip
     return table(heads, rows)
 
 

@@ -157,13 +157,19 @@ def write_sae(path: Path) -> Path:
         cell("none", 0.0, 0.1),
         *(cell(m, d, 0.5) for m in ("steered", "random", "matched 5") for d in (-1.0, 1.0)),
     ]
-    steered = {
+    steered: dict[str, Any] = {
         "latent": 3, "matched": [5], "best_dose": 1.0, "cells": cells, "rises": 0.9,
-        "survives_every_control": True,
+        "confirmed": {
+            "dose": 1.0, "scenarios": 30, "cells": [c for c in cells if c["dose"] != -1.0],
+            "differences": {m: {"p": 0.01, **interval(0.4)} for m in ("none", "random", "matched 5")},
+            "survives_every_control": True,
+        },
     }  # fmt: skip
+    weak = {**steered["confirmed"], "survives_every_control": False}
+    weak["differences"] = {**weak["differences"], "random": {"p": 0.3, **interval(0.1)}}
     kept, lost = (
         {"held_out_lift": 1.5, "held_out_p": 0.01, "replicates": True},
-        {"held_out_lift": None, "held_out_p": None},
+        {"held_out_lift": None, "held_out_p": None, "replicates": False},
     )
     report = {
         "plan": {"layer": 2},
@@ -175,7 +181,7 @@ def write_sae(path: Path) -> Path:
             "emotions": {"fear": [row(3, **kept), row(4, **lost)], "joy": []},
             "counts": {"fear": 2, "joy": 0}, "appraisals": {"cause": [row(7)], "goal": []},
         },
-        "steering": {"fear": steered, "anger": {**steered, "latent": 9, "survives_every_control": False}},
+        "steering": {"fear": steered, "anger": {**steered, "latent": 9, "confirmed": weak}},
     }  # fmt: skip
     settings = {"kind": "sae", "model": {"name": "synthetic/lm"}, "plan": {}, "seed": 0}
     write_json_atomic(path / "manifest.json", {"kind": "run", "settings": settings, "stages": {}})

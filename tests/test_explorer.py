@@ -352,5 +352,6 @@ def test_steering_says_whichever_way_it_came_out(home: Path, open_app: Any) -> N
     at.segmented_control[0].set_value("Steering").run()
     well(at)
     words = said(at).replace("\\", "")
-    assert "At dose 1.0 it beats no steering" in words
+    assert "It beats no steering, random directions and matched latents at dose 1.0 on 30 scenarios" in words
     assert "anger**: It does not beat every control" in words
+    assert "random (p = 0.3)" in words

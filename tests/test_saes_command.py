@@ -112,6 +112,7 @@ def test_the_tables_tell_what_steering_did(tmp_path: Path) -> None:
     report = json.loads((write_sae(tmp_path / "run") / "sae.json").read_text())
     report["plan"] = {"width": 64, "k": 4, "layer": 2}
     told = markdown(report, "tiny")
-    assert "| fear | 3 | 0.90 | 1.0 | 50% [" in told
+    assert "| fear | 3 | 0.90 | 1.0 | 30 | 50% [" in told
+    assert "random 50% [" in told
     assert told.count("| no |") == 1
     assert "| fear | 4 | 2.0 | n/a | n/a | dark, run |" in told
