@@ -8,6 +8,7 @@ experiments/results/reasoning/published.json.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from emocircuits.artefact import write_json_atomic
 from emocircuits.reasoning.importance import Similarity, different_trajectories, overdeterminedness
 from emocircuits.reasoning.labels import THOUGHT_ANCHORS, EmbeddingLabeller, agreement, category_table
 from emocircuits.reasoning.published import VALUES, load_published
-from emocircuits.reasoning.steps import compat_split, split
+from emocircuits.reasoning.steps import compat_split, cut_thinking, split
 
 OUT = Path(__file__).parents[1] / "results" / "reasoning" / "published.json"
 
@@ -25,9 +26,10 @@ OUT = Path(__file__).parents[1] / "results" / "reasoning" / "published.json"
 def main(folder: str) -> None:
     """All problems below the folder."""
     similarity, problems = Similarity(), []
-    found = [load_published(p) for p in sorted(Path(folder).glob("*/*/problem_*"))]
+    folders = sorted(Path(folder).glob("*/*/problem_*"))
+    found = [load_published(p) for p in folders]
     labeller = EmbeddingLabeller(THOUGHT_ANCHORS)
-    for published in found:
+    for place, published in zip(folders, found):
         trace, n = published.trace, len(published.trace) - 1  # the last step was never sampled: 0 by construction
         ours = {
             "different_trajectories_fraction": different_trajectories(trace, published.rollouts, similarity=similarity),
@@ -41,8 +43,9 @@ def main(folder: str) -> None:
                 "pearson": float(np.corrcoef(values[:n], theirs)[0, 1]), "largest_difference": float(gap.max()),
                 "equal_to_1e-6": int((gap < 1e-6).sum()), "of": n,
             }  # fmt: skip
-        row["chunks_reproduced"] = compat_split(trace.steps.text).texts == trace.steps.texts
-        row["steps_of_our_splitter"] = len(split(trace.steps.text))
+        reasoning = cut_thinking(json.loads((place / "base_solution.json").read_text("utf-8"))["solution"])[1]
+        row["chunks_reproduced"] = compat_split(reasoning).texts == trace.steps.texts
+        row["steps_of_our_splitter"] = len(split(reasoning))
         met = agreement(labeller.label(trace).labels, trace.labels, THOUGHT_ANCHORS)
         row["labeller"] = {"accuracy": met.accuracy, "kappa": met.kappa, "macro_f1": met.macro_f1}
         problems.append(row)
