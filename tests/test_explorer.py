@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_run import write_anchors, write_balance, write_run, write_sae, write_usable_run
+from synthetic_run import write_balance, write_run, write_usable_run
+from synthetic_studies import write_anchors, write_sae
 
 from emocircuits import cli, explore
 from emocircuits.artefact import write_json_atomic

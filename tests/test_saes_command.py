@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import sparse
-from synthetic_run import write_sae, write_usable_run
+from synthetic_run import write_usable_run
+from synthetic_studies import write_sae
 
 from emocircuits import cli
 from emocircuits.steering import Steerer
