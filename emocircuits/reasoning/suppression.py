@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.progress import Progress
@@ -29,6 +29,7 @@ from ..errors import HookError, InputError
 from ..models.anatomy import resolve, text_config, unwrap
 from .tokens import checked, far, shift_of, step_means
 
+Item = TypeVar("Item")
 KIND = "suppression"
 FLOOR = 1e-9
 """Added to a KL before its logarithm, as published."""
@@ -160,9 +161,9 @@ def _sources(bounds: Sequence[int], shift: int, everywhere: bool) -> list[_Sourc
     return [*made, _Source(None, last, last, last - shift)]
 
 
-def _split(items: Sequence[_Source], fits: Callable[[list[_Source]], bool]) -> Iterator[list[_Source]]:
+def _split(items: Sequence[Item], fits: Callable[[list[Item]], bool]) -> Iterator[list[Item]]:
     """Runs of items, each as long as it fits (or one item)."""
-    part: list[_Source] = []
+    part: list[Item] = []
     for item in items:
         if part and not fits([*part, item]):
             yield part
@@ -261,12 +262,12 @@ def token_kl(model: nn.Module, clean: Tensor, moved: Sequence[Tensor], temperatu
         stop = min(start + size, length)
         log_p = _log_softmax(logits_of(model, clean[start:stop]).float(), temperature).clamp_min_(-80)
         p = log_p.exp()
-        for row, x in enumerate(moved):
-            begin = max(start, length - len(x))
-            if begin < stop:
-                logits = logits_of(model, x[begin - length : stop - length or None]).float()
-                part = slice(begin - start, None)
-                out[row, begin:stop] = _kl(p[part], log_p[part], logits, temperature)
+        reached = [(row, max(start, length - len(x))) for row, x in enumerate(moved) if length - len(x) < stop]
+        for part in _split(reached, lambda rows, stop=stop: sum(stop - begin for _, begin in rows) <= size):
+            hidden = torch.cat([moved[row][begin - length : stop - length or None] for row, begin in part])
+            logits = logits_of(model, hidden).float()  # of several rows at once: a head's weights are slow to read
+            for (row, begin), own in zip(part, logits.split([stop - begin for _, begin in part])):
+                out[row, begin:stop] = _kl(p[begin - start :], log_p[begin - start :], own, temperature)
     return out
 
 
