@@ -12,8 +12,11 @@ INSTALL = $(RUN)/python -m pip install --quiet --disable-pip-version-check -c co
 demo: $(VENV)/demo.done
 	$(RUN)/emocircuits demo --out runs/demo
 
+# Notebooks take about as long as all other tests, so they run beside them.
 test: $(VENV)/dev.done
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest tests/test_notebooks.py & notebooks=$$!; \
+	$(RUN)/python -m pytest --ignore=tests/test_notebooks.py; others=$$?; \
+	wait $$notebooks && exit $$others
 
 lint: $(VENV)/dev.done
 	$(RUN)/ruff check .
