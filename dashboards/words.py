@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from emocircuits import _report_html as report
+from emocircuits._markdown import plain
+
+__all__ = ["file_name", "md", "num", "p_value", "plain", "points", "rate"]
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~$:&@])")
 
@@ -15,11 +17,6 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+\-.!|~$:&@])")
 def md(value: object) -> str:
     """Any value as text inside Markdown: no markup, formula, colour, icon, image or line break comes of it."""
     return _MARKDOWN.sub(r"\\\1", " ".join(str(value).split()))
-
-
-def plain(markup: str) -> str:
-    """The words of HTML that the report's own functions wrote."""
-    return html.unescape(re.sub(r"<[^>]*>", "", markup))
 
 
 def num(value: Any, form: str = ".2f") -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -117,6 +117,17 @@ def alpha(color: str, alpha: float) -> str:
 def gap(upper: Any, lower: Any) -> float | None:
     a, b = number(upper), number(lower)
     return None if a is None or b is None else max(a - b, 0.0)
+
+
+def whiskers(points: Sequence[Mapping[str, Any]], middle: str = "estimate", **style: Any) -> dict[str, Any]:
+    """Error bars of plotly from intervals {middle, low, high}; an end that is not defined has no bar."""
+
+    def reach(point: Mapping[str, Any], end: str) -> float:
+        edge, centre = number(point.get(end)), number(point.get(middle))
+        return 0.0 if edge is None or centre is None else abs(edge - centre)
+
+    up, down = zip(*((reach(p, "high"), reach(p, "low")) for p in points), strict=True) if points else ((), ())
+    return {"type": "data", "array": list(up), "arrayminus": list(down), "thickness": 1, **style}
 
 
 def share(count: Any, row: Sequence[Any]) -> float | None:

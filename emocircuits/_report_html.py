@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Any
 
 from emocircuits._figures import number
+from emocircuits._markdown import plain
 from emocircuits.plots import emotion_color
 
 MINUS = "\N{MINUS SIGN}"
@@ -83,7 +84,7 @@ def table(
         cells = "".join(f"<td>{cell}</td>" for cell in rest)
         body.append(f'<tr{mark}><th scope="row">{first}</th>{cells}</tr>')
     kind = "scroll wide" if wide else "scroll"
-    name = esc(_plain(caption) or ", ".join(map(_plain, head)))
+    name = esc(plain(caption) or ", ".join(map(plain, head)))
     above = f'<p class="caption">{caption}</p>' if caption else ""
     return (
         f'{above}<div class="{kind}" role="region" tabindex="0" aria-label="{name}">'
@@ -176,7 +177,3 @@ def _template() -> str:
 def _inside_script(text: str) -> str:
     """JSON that can stand inside a script element: without "<" nothing can end it or open a comment."""
     return text.replace("<", "\\u003c")
-
-
-def _plain(markup: str) -> str:
-    return html.unescape(re.sub(r"<[^>]*>", "", markup))

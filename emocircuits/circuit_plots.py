@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from emocircuits._figures import DIVERGING, QUIET, Matrix, figure, heat, number, numbers, text
+from emocircuits._figures import DIVERGING, QUIET, Matrix, figure, heat, number, numbers, text, whiskers
 from emocircuits.plots import emotion_color
 
 Row = Mapping[str, Any]
@@ -66,11 +66,10 @@ def circuit_curves(rows: Sequence[Row], action: str) -> go.Figure:
         points = sorted((r for r in mine if r["control"] == control), key=lambda r: r["n_neurons"])
         color, dash = CONTROL_STYLES.get(control, (QUIET, "dot"))
         middle = numbers(p.get("estimate") for p in points)
-        up, down = ([_gap(p, end) for p in points] for end in ("high", "low"))
         fig.add_scatter(
             x=[p["n_neurons"] for p in points], y=middle, name=text(control), mode="lines+markers",
             line={"color": color, "width": 2.2, "dash": dash}, marker={"size": 6},
-            error_y={"type": "data", "array": up, "arrayminus": down, "thickness": 1, "width": 3},
+            error_y=whiskers(points, width=3),
         )  # fmt: skip
     sizes = {r["n_neurons"]: f"{r['n_neurons']} ({r['n_heads']})" for r in mine}
     fig.update_xaxes(type="log", tickvals=list(sizes), ticktext=list(sizes.values()))
@@ -95,8 +94,7 @@ def rank_curves(rows: Sequence[Row], kind: str, action: str) -> go.Figure:
             mode="lines+markers", marker={"size": 5}, hovertemplate="%{x}: %{y:.0%}<extra>" + text(f"{rule}, {scope}")
             + (", random" if control == "random" else "") + "</extra>",
             line={"color": color, "width": width, "dash": "solid" if scope == "anywhere" else "dash"},
-            error_y={"type": "data", "array": [_gap(p, "high") for p in points],
-                     "arrayminus": [_gap(p, "low") for p in points], "thickness": 0.8, "width": 2},
+            error_y=whiskers(points, thickness=0.8, width=2),
         )  # fmt: skip
     fig.update_xaxes(type="log", tickvals=sorted({r["k"] for r in mine}))
     fig.add_hline(y=1 if action == "ablate" else 0, line={"color": QUIET, "width": 1, "dash": "dash"})
@@ -151,8 +149,3 @@ def _places(nodes: Sequence[Row]) -> list[tuple[float, float]]:
             x = 0.0 if len(members) == 1 else -0.85 + 1.7 * j / (len(members) - 1)
             places[i] = (x + shift, layer + (0.5 if kind == "neurons" else 0.0))
     return places
-
-
-def _gap(point: Row, end: str) -> float:
-    edge, middle = number(point.get(end)), number(point.get("estimate"))
-    return 0.0 if edge is None or middle is None else abs(edge - middle)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .activations import batches, capture
+from .circuits.readout import direct_logits
 from .circuits.sublayers import attention_side, head_writes, mlp_side
 from .data.prompts import encode_prompt
 from .directions import DirectionSet
-from .errors import HookError, InputError, unknown
+from .errors import InputError, unknown
 from .generation import Decoding, _check_room, _generate_batch, context_length, end_tokens
 from .models.anatomy import resolve, unwrap
 from .reading import pad
@@ -151,21 +152,12 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(out)
 
 
-@torch.no_grad()
 def promoted(model: Any, tokenizer: Any, vector: Tensor, top: int = 10) -> dict[str, list[tuple[str, float]]]:
     """The tokens that a push [d_model] on the last residual makes likelier ("up") and less likely ("down").
 
-    With their logits, through the final norm and the unembedding. Raises HookError for a model without an LM head.
+    With their logits by the direct path; raises as `direct_logits` does.
     """
-    module = unwrap(model)
-    anatomy = resolve(module)
-    if anatomy.lm_head is None:
-        raise HookError("this model has no LM head, so a direction promotes no tokens")
-    weight: Any = module.get_submodule(anatomy.lm_head).weight
-    norm = module.get_submodule(anatomy.point("final_norm", 0).module)
-    push = torch.stack([vector, torch.zeros_like(vector)]).to(weight.device, weight.dtype)
-    here, nothing = norm(push[None])[0]
-    logits = ((here - nothing) @ weight.T).float().cpu()
+    logits = direct_logits(model, vector[None])[0].cpu()
     found = {"up": logits.topk(top), "down": (-logits).topk(top)}
     return {way: [(tokenizer.decode([int(i)]), float(logits[i])) for i in best.indices] for way, best in found.items()}
 

@@ -17,9 +17,9 @@ from scipy import sparse
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from emocircuits.circuits.readout import direct_logits
 from emocircuits.directions import DirectionSet
-from emocircuits.errors import HookError, InputError, unknown
-from emocircuits.models.anatomy import resolve, unwrap
+from emocircuits.errors import InputError, unknown
 
 from .metrics import Coder, check_width
 
@@ -199,24 +199,12 @@ def behaviours(found: Enrichment, W_dec: Tensor, q: float = 0.05) -> dict[str, t
 # ------------------------------------------------------------------------------------------------ directions
 
 
-@torch.no_grad()
 def logit_lens(model: Any, tokenizer: Any, rows: Tensor, k: int = 10) -> list[list[tuple[str, float]]]:
     """The k tokens that each residual direction [n, d_model] raises most on the direct path to the logits.
 
-    Read through the final norm as if the direction were all there is, less what the norm's bias says by itself. Raises
-    HookError for a model without an LM head, InputError for directions of another size.
+    Raises as `direct_logits` does; it holds [n, vocabulary] logits, so pass the rows that are shown.
     """
-    module = unwrap(model)
-    anatomy = resolve(module)
-    if anatomy.lm_head is None:
-        raise HookError("this model has no LM head, so directions have no logits")
-    if rows.dim() != 2 or rows.shape[1] != anatomy.d_model:
-        raise InputError(f"directions must be [n, {anatomy.d_model}] for this model, not {list(rows.shape)}")
-    norm, head = module.get_submodule(anatomy.final_norm), module.get_submodule(anatomy.lm_head)
-    like = next(head.parameters())
-    given = torch.cat([rows.detach(), torch.zeros(1, rows.shape[1])]).to(like.device, like.dtype)
-    logits = head(norm(given[None]))[0].float()
-    top = (logits[:-1] - logits[-1]).topk(k, dim=-1)
+    top = direct_logits(model, rows).topk(k, dim=-1)
     return [
         [(tokenizer.decode([token]), value) for token, value in zip(tokens, values)]
         for tokens, values in zip(top.indices.tolist(), top.values.tolist())

@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from emocircuits._figures import QUIET, figure, number, numbers, text
+from emocircuits._figures import QUIET, figure, numbers, text, whiskers
 
 Row = Mapping[str, Any]
 INK = "#6B4FD8"
@@ -31,11 +31,10 @@ def dose_response(arms: Mapping[str, Sequence[Row]], measure: str = "expression"
     for i, (name, cells) in enumerate(arms.items()):
         mine = sorted(cells, key=lambda c: c["dose"])
         middle = numbers(c[measure].get("estimate") for c in mine)
-        spread = [[_gap(c[measure], end) for c in mine] for end in ("high", "low")]
         fig.add_scatter(
             x=[c["dose"] for c in mine], y=middle, name=text(name), mode="lines+markers",
             line={"color": INK if not i else None, "width": 3 if not i else 1.4, "dash": "solid" if not i else "dot"},
-            error_y={"type": "data", "array": spread[0], "arrayminus": spread[1], "thickness": 1, "color": QUIET},
+            error_y=whiskers([c[measure] for c in mine], color=QUIET),
         )  # fmt: skip
     return fig.update_yaxes(tickformat=".0%", range=[-0.03, 1.03])
 
@@ -46,8 +45,3 @@ def arms_of(steered: Row) -> dict[str, list[Row]]:
     names |= {f"matched {i}": f"latent {i}, as sparse and as strong" for i in steered["matched"]}
     none = [c for c in steered["cells"] if c["method"] == "none"]
     return {said: [*none, *(c for c in steered["cells"] if c["method"] == name)] for name, said in names.items()}
-
-
-def _gap(point: Row, end: str) -> float:
-    edge, middle = number(point.get(end)), number(point.get("estimate"))
-    return 0.0 if edge is None or middle is None else abs(edge - middle)

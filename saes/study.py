@@ -88,10 +88,8 @@ def reasoning_traces() -> list[Trace]:
     """The hand-written solutions of the emotional problems, with the appraisal of every sentence."""
     made = []
     for problem in load_problems():
-        parts = [f" {sentence}" for sentence in problem.sentences]
-        bounds = tuple(np.cumsum([0, *map(len, parts)]).tolist())
-        prompt = few_shot_prompt(problem, ())
-        made.append(Trace(prompt, Steps("".join(parts), bounds), labels=problem.labels, id=f"problem/{problem.id}"))
+        steps, prompt = Steps.of(f" {sentence}" for sentence in problem.sentences), few_shot_prompt(problem, ())
+        made.append(Trace(prompt, steps, labels=problem.labels, id=f"problem/{problem.id}"))
     return made
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from emocircuits._figures import number
+from emocircuits._markdown import markdown_table
 
 Row = Mapping[str, Any]
 
@@ -17,7 +18,7 @@ def markdown(report: Row, model: str) -> str:
         f"# A step SAE of {model}",
         f"TopK, {plan['width']} latents, {plan['k']} active, resid_post {plan['layer']}, {quality['vectors']:,}"
         " token vectors of emotional replies and reasoning. Scores are on themes that nothing was trained on.",
-        table(
+        markdown_table(
             ["", "explained variance", "L0", "dead"],
             [[name, _n(q["explained_variance"]), _n(q["l0"], ".1f"), _n(q["dead"], ".0%")]
              for name, q in {"this SAE": quality["held_out_themes"], **quality["baselines"]}.items()],
@@ -37,7 +38,9 @@ def markdown(report: Row, model: str) -> str:
         for r in latents[:3]
     ]  # fmt: skip
     said.append("Latents that fire more at an emotion's replies than with labels shuffled within scenarios (FDR 5 %).")
-    said.append(table(["emotion", "latent", "lift", "on held-out themes", "p there", "words on the direct path"], rows))
+    said.append(
+        markdown_table(["emotion", "latent", "lift", "on held-out themes", "p there", "words on the direct path"], rows)
+    )
     counts = ", ".join(f"{e} {n}" for e, n in report["features"]["counts"].items())
     said.append(f"So many of {plan['width']} pass for each label: {counts}.")
     if report.get("steering"):
@@ -58,18 +61,12 @@ def _steering(steering: Mapping[str, Row]) -> str:
         ])  # fmt: skip
     heads = ["emotion", "latent", "dose ~ expression", "best dose", "other scenarios", "coherent expression there",
              "controls there (paired test, Holm)", "survives all"]  # fmt: skip
-    return table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def _rate(found: Row) -> str:
     c = found["coherent"]
     return f"{_n(c['estimate'], '.0%')} [{_n(c['low'], '.0%')}, {_n(c['high'], '.0%')}]"
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar inside a cell is kept from ending it."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(str(x).replace("|", "\\|") for x in line) + " |" for line in lines)
 
 
 def _n(value: Any, form: str = ".2f") -> str:

@@ -133,14 +133,14 @@ def _broken(made: DirectionSet) -> DirectionSet:
 def test_rank_correlations() -> None:
     rng = np.random.default_rng(0)
     x, y, z = rng.integers(0, 6, (3, 30)).astype(float)
-    assert findings.rank_correlation(x, y) == pytest.approx(spearmanr(x, y).statistic)
+    assert findings.correlation(x, y) == pytest.approx(spearmanr(x, y).statistic)
     r = {(a, b): spearmanr(u, v).statistic for a, u in zip("xyz", (x, y, z)) for b, v in zip("xyz", (x, y, z))}
     partial = (r["x", "y"] - r["x", "z"] * r["y", "z"]) / math.sqrt((1 - r["x", "z"] ** 2) * (1 - r["y", "z"] ** 2))
-    assert findings.rank_correlation(x, y, z) == pytest.approx(partial)
-    assert math.isnan(findings.rank_correlation(x[:3], y[:3]))
-    assert math.isnan(findings.rank_correlation(np.ones(9), y[:9]))
+    assert findings.correlation(x, y, z) == pytest.approx(partial)
+    assert math.isnan(findings.correlation(x[:3], y[:3]))
+    assert math.isnan(findings.correlation(np.ones(9), y[:9]))
     x[:20] = math.nan
-    assert findings.rank_correlation(x, y) == pytest.approx(spearmanr(x[20:], y[20:]).statistic)
+    assert findings.correlation(x, y) == pytest.approx(spearmanr(x[20:], y[20:]).statistic)
 
 
 def test_ways_to_answer() -> None:

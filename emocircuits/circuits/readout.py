@@ -7,11 +7,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..directions import DirectionSet
 from ..errors import HookError, InputError
 from ..models.anatomy import resolve, unwrap
+
+
+@torch.no_grad()
+def direct_logits(model: Any, directions: Tensor) -> Tensor:
+    """[n, vocabulary] what each residual direction [n, d_model] adds to the logits by the direct path.
+
+    Through the final norm as if the direction were all there is, and the unembedding, less what both say of nothing.
+    Raises HookError for a model without an LM head, InputError for directions of another size.
+    """
+    module = unwrap(model)
+    anatomy = resolve(module)
+    if anatomy.lm_head is None:
+        raise HookError("this model has no LM head, so directions have no logits")
+    if directions.dim() != 2 or directions.shape[1] != anatomy.d_model:
+        raise InputError(f"directions must be [n, {anatomy.d_model}] for this model, not {list(directions.shape)}")
+    norm: nn.Module = module.get_submodule(anatomy.point("final_norm", 0).module)
+    head: nn.Module = module.get_submodule(anatomy.lm_head)
+    like = next(head.parameters())
+    given = torch.cat([directions.detach(), directions.new_zeros(1, anatomy.d_model)]).to(like.device, like.dtype)
+    logits = head(norm(given[None]))[0].float()
+    return logits[:-1] - logits[-1]
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,25 @@ def newcombe(a: Interval, b: Interval) -> Interval:
     return Interval(estimate, max(low, -1.0), min(high, 1.0), n, n, a.confidence)
 
 
+def rank_correlation(x: ArrayLike, y: ArrayLike, given: ArrayLike | None = None, *, fewest: int = 3) -> float:
+    """Spearman's correlation of two lists where both are defined, ties at their mean rank; partial with `given`.
+
+    NaN for fewer than `fewest` values, or where a list does not vary.
+    """
+    columns = np.asarray([x, y] if given is None else [x, y, given], dtype=np.float64)
+    columns = columns[:, ~np.isnan(columns).any(0)]
+    if columns.shape[1] < fewest:
+        return math.nan
+    ranks = np.stack([_midranks(column) for column in columns])
+    if (ranks.std(1) == 0).any():
+        return math.nan
+    if given is not None:
+        ranks = np.stack([r - np.polyval(np.polyfit(ranks[2], r, 1), ranks[2]) for r in ranks[:2]])
+        if any(np.allclose(r, 0) for r in ranks):
+            return math.nan
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
 def holm(pvalues: ArrayLike) -> Floats:
     """Holm-adjusted p values [m] in the given order, controlling family-wise error (Holm, 1979).
 

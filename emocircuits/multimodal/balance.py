@@ -22,6 +22,7 @@ from ..activations.forward import ForwardTracker, hook_point
 from ..activations.reweigh import with_masses
 from ..circuits.gradients import frozen
 from ..errors import HookError, InputError, unknown
+from ..evaluation.statistics import rank_correlation
 from ..models.anatomy import resolve, unwrap
 from ..models.spans import LiveSpans, ModalitySpans, placeholders
 from ..steering.policies import Multiply
@@ -205,14 +206,11 @@ class Balance:
         measures["gradient"] = self.gradient
         measures["attention"] = torch.stack([self.mass[m].nanmean((1, 2)) for m in self.modalities], dim=1)
         names = list(measures)
-        return {f"{a} vs {b}": _spearman(measures[a], measures[b]) for i, a in enumerate(names) for b in names[i + 1 :]}
-
-
-def _spearman(a: Tensor, b: Tensor) -> float:
-    from scipy.stats import rankdata
-
-    x, y = rankdata(a.flatten().numpy()), rankdata(b.flatten().numpy())
-    return float(np.corrcoef(x, y)[0, 1]) if len(x) > 2 and x.std() and y.std() else float("nan")
+        return {
+            f"{a} vs {b}": rank_correlation(measures[a].flatten(), measures[b].flatten())
+            for i, a in enumerate(names)
+            for b in names[i + 1 :]
+        }
 
 
 def measure(

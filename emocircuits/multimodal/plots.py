@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from emocircuits._figures import QUIET, Matrix, figure, heat, number, numbers, text
+from emocircuits._figures import QUIET, Matrix, figure, heat, number, numbers, text, whiskers
 
 Row = Mapping[str, Any]
 COLORS = {"audio": "#E69F00", "image": "#0072B2", "video": "#56B4E9", "text": "#8A8F98"}
@@ -29,10 +29,9 @@ def effect_bars(effects: Mapping[str, Mapping[str, Row]]) -> go.Figure:
     for name in dict.fromkeys(n for found in effects.values() for n in found):
         points = [found[name] for found in effects.values()]
         middle = numbers(p.get("estimate") for p in points)
-        spread = [[_gap(p, end) for p in points] for end in ("high", "low")]
         fig.add_bar(
             x=list(effects), y=middle, name=text(name), marker_color=COLORS.get(name, QUIET),
-            error_y={"type": "data", "array": spread[0], "arrayminus": spread[1], "thickness": 1},
+            error_y=whiskers(points),
         )  # fmt: skip
     return fig.update_layout(barmode="group")
 
@@ -45,8 +44,7 @@ def gap_curve(rows: Sequence[Row], x: str = "strength") -> go.Figure:
         gaps = [r["gap"] for r in mine]
         fig.add_scatter(
             x=[r[x] for r in mine], y=numbers(g.get("estimate") for g in gaps), name=text(policy), mode="lines+markers",
-            error_y={"type": "data", "array": [_gap(g, "high") for g in gaps],
-                     "arrayminus": [_gap(g, "low") for g in gaps], "thickness": 1},
+            error_y=whiskers(gaps),
         )  # fmt: skip
     return fig.add_hline(y=0, line={"color": QUIET, "width": 1, "dash": "dash"})
 
@@ -62,8 +60,3 @@ def gap_against_accuracy(rows: Sequence[Row]) -> go.Figure:
             text=[text(str(r.get("strength", ""))) for r in mine], hovertemplate="%{text}: %{x:.2f}, %{y:.0%}",
         )  # fmt: skip
     return fig.update_yaxes(tickformat=".0%")
-
-
-def _gap(point: Row, end: str) -> float:
-    edge, middle = number(point.get(end)), number(point.get("estimate"))
-    return 0.0 if edge is None or middle is None else abs(edge - middle)

@@ -6,9 +6,7 @@ resample traces. Position is the control that any measure along a trace must bea
 
 from __future__ import annotations
 
-import html
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -18,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from .._figures import number
+from .._markdown import markdown_table, plain
 from .._report_html import Page, esc, interval, num, table
-from ..evaluation.statistics import clustered_bootstrap
+from ..evaluation.statistics import clustered_bootstrap, holm, rank_correlation
 from . import plots
 from .label_tables import category_table
 from .receivers import mean_map, receiver_heads, split_half
@@ -79,25 +78,9 @@ def measures(part: Part) -> dict[str, Floats]:
     return found
 
 
-def rank_correlation(x: Floats, y: Floats, given: Floats | None = None) -> float:
-    """Spearman's correlation where both are defined, or the partial one; NaN for fewer than four steps (five)."""
-    columns = [x, y] if given is None else [x, y, given]
-    known = ~np.isnan(np.stack(columns)).any(0)
-    if known.sum() < len(columns) + 2:
-        return math.nan
-    ranks = [_ranks(c[known]) for c in columns]
-    if any(r.std() == 0 for r in ranks):
-        return math.nan
-    if given is not None:
-        ranks = [r - np.polyval(np.polyfit(ranks[2], r, 1), ranks[2]) for r in ranks[:2]]
-        if any(np.allclose(r, 0) for r in ranks):
-            return math.nan
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def _ranks(values: Floats) -> Floats:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+def correlation(x: Floats, y: Floats, given: Floats | None = None) -> float:
+    """Rank correlation within a trace, of four steps at least; with `given` the partial one, of five."""
+    return rank_correlation(x, y, given, fewest=4 if given is None else 5)
 
 
 def mean_over(values: Sequence[float], seed: int = 0) -> dict[str, Any]:
@@ -123,10 +106,10 @@ def summary(parts: Sequence[Part], seed: int = 0) -> dict[str, Any]:
         "n_traces": len(parts), "n_steps": sum(len(p["steps"]) for p in parts),
         "measures": {n: MEASURES[n][0] for n in names},
         "correlations": [
-            {"a": a, "b": b, **mean_over([rank_correlation(m[a], m[b]) for m in every], seed)} for a, b in pairs
+            {"a": a, "b": b, **mean_over([correlation(m[a], m[b]) for m in every], seed)} for a, b in pairs
         ],
         "beyond_position": [
-            {"a": a, "b": b, **mean_over([rank_correlation(m[a], m[b], m["position"]) for m in every], seed)}
+            {"a": a, "b": b, **mean_over([correlation(m[a], m[b], m["position"]) for m in every], seed)}
             for a, b in pairs if "position" not in (a, b)
         ],
         "categories": _categories(parts, every, [n for n in names if n not in ("position",)], seed),
@@ -153,10 +136,7 @@ def _categories(
     if not kept:
         return []
     # Only labels and places count here, so one letter stands for each step.
-    traces = [
-        Trace("", Steps("x" * n, tuple(range(n + 1))), labels=tuple(p["labels"]))
-        for p, n in ((p, len(p["steps"])) for p, _ in kept)
-    ]
+    traces = [Trace("", Steps.of("x" * len(p["steps"])), labels=tuple(p["labels"])) for p, _ in kept]
     rows: dict[str | None, dict[str, Any]] = {}
     for name in names:
         for found in category_table(traces, [m[name] for _, m in kept], seed=seed):
@@ -185,8 +165,6 @@ def _answers(parts: Sequence[Part], seed: int) -> dict[str, Any]:
 
 def _anchors(parts: Sequence[Part], seed: int) -> dict[str, Any]:
     """Steps whose resampling importance passes the null (Holm within the trace), and where they stand."""
-    from ..evaluation.statistics import holm
-
     rolled = [p for p in parts if "sampled" in p]
     if not rolled:
         return {}
@@ -234,35 +212,25 @@ def markdown(found: Part, model: str) -> str:
         if r["n"]
     ]
     said.append("Spearman correlation within a trace, mean over traces [95 %]; beside it with position taken out.")
-    said.append(_table(["measure", "with", "correlation", "beyond position", "traces"], rows))
+    said.append(markdown_table(["measure", "with", "correlation", "beyond position", "traces"], rows))
     said.append("\n".join(f"- `{n}`: {words}" for n, words in found["measures"].items()))
     if found["pushes"]:
         names = ("most", "least", "everywhere", "control_everywhere", "beyond_random")
         rows = [[f"{r['dose']:+.2f}", *(cell(r[n], "+.2f") for n in names)] for r in found["pushes"]]
         said.append("Change of the runner-up emotion's log-odds when steps are pushed, by dose in residual norms.")
         heads = ["dose", "most important step", "least", "all steps", "random direction, all steps", "difference"]
-        said.append(_table(heads, rows))
+        said.append(markdown_table(heads, rows))
     if found["categories"]:
         names = [n for n in found["measures"] if n in found["categories"][0]]
         rows = [[c["category"], str(c["n"]), *(cell(c[n], ".3f") for n in names)] for c in found["categories"]]
         said.append("Means by kind of step: within a trace first, then across traces.")
-        said.append(_table(["kind", "steps", *names], rows))
+        said.append(markdown_table(["kind", "steps", *names], rows))
     return "\n\n".join(said) + "\n"
 
 
 def cell(found: Part | None, form: str = ".2f") -> str:
     """An interval as text."""
     return "" if found is None else plain(interval(found, form))
-
-
-def plain(markup: str) -> str:
-    """The words of HTML that this package wrote."""
-    return html.unescape(re.sub(r"<[^>]*>", "", markup))
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(str(x).replace("|", "\\|") for x in line) + " |" for line in lines)
 
 
 # ---------------------------------------------------------------- the page

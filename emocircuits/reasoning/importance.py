@@ -101,25 +101,17 @@ class Similarity:
 # ---------------------------------------------------------------- the one comparison
 
 
-def answer_rows(groups: Sequence[Sequence[Rollout]], *, drop_none: bool = False) -> tuple[list[Floats], list[str]]:
+def answer_rows(groups: Sequence[Sequence[Rollout]]) -> tuple[list[Floats], list[str]]:
     """Answer probabilities of the rollouts of each group, [R, V] each, and the vocabulary they share."""
     vocabulary: dict[str, int] = {}
-    for group in groups:
-        for rollout in group:
-            for answer in rollout.probabilities or (rollout.answer if rollout.answer is not None else NONE,):
-                vocabulary.setdefault(answer, len(vocabulary))
-    rows = []
-    for group in groups:
-        kept = [r for r in group if not drop_none or r.answer is not None or r.probabilities]
-        table = np.zeros((len(kept), len(vocabulary)))
-        for row, rollout in zip(table, kept):
-            if rollout.probabilities:
-                for answer, p in rollout.probabilities.items():
-                    row[vocabulary[answer]] = p
-            else:
-                row[vocabulary[rollout.answer if rollout.answer is not None else NONE]] = 1.0
-        rows.append(table)
-    return rows, list(vocabulary)
+    chances = [[r.probabilities or {NONE if r.answer is None else r.answer: 1.0} for r in group] for group in groups]
+    for answer in (answer for group in chances for row in group for answer in row):
+        vocabulary.setdefault(answer, len(vocabulary))
+    tables = [np.zeros((len(group), len(vocabulary))) for group in groups]
+    for table, group in zip(tables, chances):
+        for row, found in zip(table, group):
+            row[[vocabulary[answer] for answer in found]] = list(found.values())
+    return tables, list(vocabulary)
 
 
 def smoothed_kl(counts_p: Floats, counts_q: Floats, alpha: float = 0.5) -> Floats:
@@ -226,19 +218,21 @@ def importance(
     if rollouts.n != len(trace):
         raise InputError(f"the rollouts are of a trace of {rollouts.n} steps, this one has {len(trace)}")
     groups = [rollouts.at(k) for k in range(len(trace) + 1)]
-    rows, vocabulary = answer_rows(groups, drop_none=drop_none)
-    kept = [[r for r in g if not drop_none or r.answer is not None or r.probabilities] for g in groups]
+    if drop_none:
+        groups = [tuple(r for r in g if r.answer is not None or r.probabilities) for g in groups]
+    rows, vocabulary = answer_rows(groups)
     right = _right(vocabulary, groups, trace) if metric == "accuracy" else None
     if alpha is None:
-        alpha = EXACT if all(r.probabilities for g in kept for r in g) else 0.5
+        alpha = EXACT if all(r.probabilities for g in groups for r in g) else 0.5
     statistic = statistic_of(metric, right, alpha)
     none = vocabulary.index(NONE) if NONE in vocabulary else None
+    others = _others(trace, groups, tau, similarity or Similarity()) if kind == "counterfactual" else []
     rng = np.random.default_rng(seed)
     found, counts, rates, rooms = [], [], [], []
-    for i, step in enumerate(trace.steps.texts):
+    for i in range(len(trace)):
         without, with_, reason = rows[i], rows[i + 1], ""
         if kind == "counterfactual" and len(without):
-            other = (similarity := similarity or Similarity()).to(step, [r.step for r in kept[i]]) < tau
+            other = others[i]
             with_ = np.concatenate([with_, without[~other]]) if pooled else with_
             without = without[other]
             reason = "" if other.any() else f"no rollout at {i} starts with another step (cosine under {tau})"
@@ -283,13 +277,17 @@ def different_trajectories(
     trace: Trace, rollouts: Rollouts, *, tau: float = 0.8, similarity: Similarity | None = None
 ) -> Floats:
     """Share of the rollouts at each step that begin with a different one (cosine under `tau`), [n]; NaN for none."""
-    similarity = similarity or Similarity()
-    similarity.vectors([*trace.steps.texts, *(r.step for r in rollouts.items)])  # all in one batch
-    shares = []
-    for i, step in enumerate(trace.steps.texts):
-        cosines = similarity.to(step, [r.step for r in rollouts.at(i)])
-        shares.append(float((cosines < tau).mean()) if len(cosines) else math.nan)
-    return np.array(shares)
+    groups = [rollouts.at(i) for i in range(len(trace))]
+    others = _others(trace, groups, tau, similarity or Similarity())
+    return np.array([float(other.mean()) if len(other) else math.nan for other in others])
+
+
+def _others(
+    trace: Trace, groups: Sequence[Sequence[Rollout]], tau: float, similarity: Similarity
+) -> list[NDArray[np.bool_]]:
+    """Of the rollouts before each step, which begin with another one."""
+    similarity.vectors([*trace.steps.texts, *(r.step for group in groups for r in group)])  # all in one batch
+    return [similarity.to(step, [r.step for r in group]) < tau for step, group in zip(trace.steps.texts, groups)]
 
 
 def overdeterminedness(rollouts: Rollouts) -> Floats:
@@ -330,12 +328,13 @@ def sentence_matrix(
     if rollouts.items and all(r.text == r.step for r in rollouts.items if r.finish != "error"):
         raise InputError("these rollouts hold their first sentences only; the matrix needs their whole texts")
     similarity, n = similarity or Similarity(), len(trace)
+    spoken = [[[s for s in split(r.text) if s.strip()] for r in rollouts.at(k)] for k in range(n + 1)]
+    similarity.vectors([*trace.steps.texts, *(s for group in spoken for said in group for s in said)])  # in one batch
     targets = similarity.vectors(trace.steps.texts)
     shares = np.full((n + 1, n), math.nan)
-    for k in range(n + 1):
+    for k, group in enumerate(spoken):
         hits = []
-        for rollout in rollouts.at(k):
-            said = [s for s in split(rollout.text) if s.strip()]
+        for said in group:
             hits.append((similarity.vectors(said) @ targets.T >= tau).any(0) if said else np.zeros(n, dtype=bool))
         if hits:
             shares[k] = np.mean(hits, axis=0)

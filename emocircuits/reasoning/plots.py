@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from emocircuits._figures import DIVERGING, GRID, QUIET, Matrix, figure, heat, number, numbers, text
+from emocircuits._figures import DIVERGING, GRID, QUIET, Matrix, figure, heat, number, numbers, text, whiskers
 
 Row = Mapping[str, Any]
 INK = "#6B4FD8"
@@ -24,12 +24,8 @@ def importance_along(steps: Sequence[str], rows: Sequence[Row], name: str = "imp
     fig = figure("step", name, 340)
     values = numbers(r.get("value") for r in rows)
     passes = [(number(r.get("p")) or 1.0) <= 0.05 for r in rows]
-    error = {
-        "type": "data", "thickness": 1, "color": QUIET,
-        "array": [_gap(r, "high") for r in rows], "arrayminus": [_gap(r, "low") for r in rows],
-    }  # fmt: skip
     fig.add_bar(
-        x=list(range(len(rows))), y=values, error_y=error, name="importance",
+        x=list(range(len(rows))), y=values, error_y=whiskers(rows, "value", color=QUIET), name="importance",
         marker={"color": [INK if p else "rgba(107,79,216,0.25)" for p in passes]},
         customdata=[[_short(s), text(r.get("reason") or "")] for s, r in zip(steps, rows)],
         hovertemplate="step %{x}: %{y:.3f}<br>%{customdata[0]}<br>%{customdata[1]}<extra></extra>",
@@ -132,8 +128,7 @@ def agreement_bars(rows: Sequence[Row]) -> go.Figure:
     fig.add_scatter(
         x=numbers(r.get("estimate") for r in rows), y=[text(r["name"]) for r in rows], mode="markers",
         marker={"size": 9, "color": INK}, showlegend=False,
-        error_x={"type": "data", "array": [_gap(r, "high", "estimate") for r in rows], "thickness": 1.4,
-                 "arrayminus": [_gap(r, "low", "estimate") for r in rows], "color": QUIET},
+        error_x=whiskers(rows, thickness=1.4, color=QUIET),
     )  # fmt: skip
     return fig.add_vline(x=0, line={"color": QUIET, "width": 1, "dash": "dash"})
 
@@ -141,8 +136,3 @@ def agreement_bars(rows: Sequence[Row]) -> go.Figure:
 def _short(value: str, most: int = 90) -> str:
     flat = " ".join(str(value).split())
     return text(flat if len(flat) <= most else flat[: most - 1] + "…")
-
-
-def _gap(row: Row, end: str, middle: str = "value") -> float:
-    edge, centre = number(row.get(end)), number(row.get(middle))
-    return 0.0 if edge is None or centre is None else abs(edge - centre)

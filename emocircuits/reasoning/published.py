@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,8 +17,8 @@ from numpy.typing import NDArray
 
 from ..errors import InputError
 from .answers import Answers, Boxed
-from .steps import cut_thinking, first_step
-from .traces import Rollout, Rollouts, Steps, Trace
+from .steps import cut_thinking, first_step, joined
+from .traces import Rollout, Rollouts, Trace
 
 Floats = NDArray[np.float64]
 Reader = Callable[[str], "str | None"]
@@ -96,7 +95,7 @@ def _problem(name: str, read: Reader, answers: Answers) -> Published:
     given = load("problem.json") or {}
     trace = Trace(
         prompt=str(base.get("prompt", "")),
-        steps=_joined(chunks),
+        steps=joined(chunks),
         ending=cut_thinking(str(base.get("solution", "")))[2],
         answer=_text(base.get("answer")),
         truth=_text(given.get("gt_answer")),
@@ -117,12 +116,6 @@ def _problem(name: str, read: Reader, answers: Answers) -> Published:
         tuple(problems),
         has_answers=not isinstance(short, dict) and any(r.finish != "error" for r in items),
     )
-
-
-def _joined(chunks: Sequence[str]) -> Steps:
-    ends = list(accumulate(len(c) + 1 for c in chunks[:-1]))
-    text = " ".join(chunks)
-    return Steps(text, (0, *(e - 1 for e in ends), len(text)))
 
 
 def _resampled(by_step: Mapping[str, Any], n: int) -> Iterable[Rollout]:

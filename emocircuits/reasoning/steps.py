@@ -8,8 +8,7 @@ joined by one space, the tail kept (the released code drops it, the released dat
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..errors import InputError, unknown
 from .answers import Answers
@@ -68,9 +67,12 @@ def compat_split(text: str) -> Steps:
             merged.append(piece)
     if len(merged) > 1 and len(merged[-1]) < 10:
         merged[-2:] = [merged[-2] + " " + merged[-1]]
-    ends = list(accumulate(len(p) + 1 for p in merged[:-1]))  # the space belongs to the step after it
-    joined = " ".join(merged)
-    return Steps(joined, (0, *(e - 1 for e in ends), len(joined)))
+    return joined(merged)
+
+
+def joined(pieces: Sequence[str]) -> Steps:
+    """Steps that are pieces joined by a space, which belongs to the step after it."""
+    return Steps.of([*pieces[:1], *(f" {piece}" for piece in pieces[1:])])
 
 
 def cut_thinking(text: str, tags: tuple[str, str] = ("<think>", "</think>")) -> tuple[str, str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +120,8 @@ def problem_traces(
 def _written(problem: Problem, prompt: str) -> Trace:
     """Without the conclusion, which names the answer, and without what was ruled out, which a small model repeats."""
     kept = [(s, k) for s, k in zip(problem.sentences, problem.labels) if k not in ("alternative", "conclusion")]
-    parts = [f" {sentence}" for sentence, _ in kept]
-    bounds = tuple(accumulate(map(len, parts), initial=0))
-    return Trace(
-        prompt, Steps("".join(parts), bounds), truth=problem.answer, labels=tuple(k for _, k in kept), id=problem.id
-    )
+    steps = Steps.of(f" {sentence}" for sentence, _ in kept)
+    return Trace(prompt, steps, truth=problem.answer, labels=tuple(k for _, k in kept), id=problem.id)
 
 
 def _sampled(problem: Problem, prompt: str, texts: Sequence[str], plan: Plan) -> Trace | None:

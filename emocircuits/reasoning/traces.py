@@ -31,6 +31,12 @@ class Steps:
         if any(a >= b for a, b in zip(self.bounds, self.bounds[1:])):
             raise InputError("step bounds must rise: an empty step has no text to measure")
 
+    @classmethod
+    def of(cls, pieces: Iterable[str]) -> Steps:
+        """Steps that are the pieces, one after the other."""
+        given = list(pieces)
+        return cls("".join(given), tuple(accumulate(map(len, given), initial=0)))
+
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
