@@ -56,11 +56,10 @@ def run_directions(args: argparse.Namespace) -> None:
     from .data.emotions import label_set
     from .data.scenarios import discovery
     from .demo import bars
-    from .directions import fit
+    from .directions import fit_examples
     from .examples import reply_examples
-    from .models.fingerprint import fingerprint
     from .models.load import load
-    from .reading import Example, read, residual_norms
+    from .reading import Example
 
     _writable(args.output)
     emotions = label_set(args.emotions.split(",")) if args.emotions else label_set("ekman6")
@@ -77,9 +76,9 @@ def run_directions(args: argparse.Namespace) -> None:
         examples = reply_examples(discovery(), emotions)
     model, tokenizer = load(args.model)
     with bars() as progress:
-        features = read(model, tokenizer, examples, site=args.site, progress=progress)
-    norms = residual_norms(model, tokenizer, [e.prompt + e.response for e in examples[:64]], args.site)
-    made = fit(features, emotions, norms=norms, method=args.method, fingerprint=fingerprint(model), seed=args.seed)
+        made, _ = fit_examples(
+            model, tokenizer, examples, emotions, site=args.site, method=args.method, seed=args.seed, progress=progress
+        )
     _say(f"directions of {', '.join(emotions)}: {made.save(args.output)}")
 
 

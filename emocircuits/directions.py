@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import Progress
 from torch import Tensor
 
 from . import artefact
 from .data.emotions import EKMAN6
 from .errors import HookError, InputError, unknown
-from .reading import Features
+from .models.fingerprint import fingerprint
+from .reading import Example, Features, read, residual_norms
 from .steering import SkipFirst, Steerer, Term
 
 KIND = "directions"
@@ -234,6 +236,24 @@ def fit(
         fingerprint=fingerprint,
         provenance={"seed": seed, "n_groups": len(set(kept.groups)), "n_readings": len(kept)},
     )
+
+
+def fit_examples(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    emotions: Sequence[str] = EKMAN6,
+    *,
+    site: str = "resid_post",
+    method: str = "diff_means",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[DirectionSet, Features]:
+    """Read examples over their responses and `fit` them, with norms of the model's own tokens; the readings, too."""
+    features = read(model, tokenizer, examples, site=site, progress=progress)
+    norms = residual_norms(model, tokenizer, [e.prompt + e.response for e in examples[:64]], site)
+    made = fit(features, emotions, norms=norms, method=method, fingerprint=fingerprint(model), seed=seed)
+    return made, features
 
 
 def _discriminant(x: Tensor, labels: np.ndarray, means: Tensor, method: str, seed: int) -> Tensor:

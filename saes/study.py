@@ -7,18 +7,18 @@ beside random directions of the same norm. The report says so when nothing passe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import Progress
 from scipy import sparse
 
-from emocircuits.activations.sites import Key
+from emocircuits._figures import number
+from emocircuits.activations.sites import Key, expand_layers
 from emocircuits.activations.store import ActivationStore
 from emocircuits.artefact import write_json_atomic, write_text_atomic
 from emocircuits.card import fluency_limits, scenario_prompts, written
@@ -26,11 +26,12 @@ from emocircuits.data.emotions import EKMAN6
 from emocircuits.data.problems import few_shot_prompt, load_problems
 from emocircuits.data.prompts import SPEECH
 from emocircuits.data.scenarios import ScenarioSet, discovery, heldout
-from emocircuits.errors import InputError
 from emocircuits.evaluation import scoring
+from emocircuits.evaluation.fluency import FluencyThresholds
 from emocircuits.evaluation.judges import EmbeddingJudge
-from emocircuits.evaluation.statistics import holm, paired_test
+from emocircuits.evaluation.statistics import holm, paired_test, rank_correlation
 from emocircuits.generation import Decoding
+from emocircuits.models.anatomy import resolve
 from emocircuits.models.fingerprint import fingerprint
 from emocircuits.models.load import Loaded
 from emocircuits.reasoning.steps import split
@@ -143,7 +144,7 @@ def run_demo(loaded: Loaded, out: str | Path, plan: Plan | None = None, progress
     An interrupted run goes on where it was. Raises InputError for a layer that the model does not have.
     """
     plan = Plan() if plan is None else plan
-    check_layer(loaded, plan.layer)
+    expand_layers([plan.layer], resolve(loaded.model).n_layers)  # raises InputError for a layer that is not there
     run = Run(out, {"kind": "sae", "model": fingerprint(loaded.model), "plan": asdict(plan)})
     key = ("resid_post", plan.layer)
     replies = emotion_traces(discovery(), plan.scenarios)
@@ -162,9 +163,14 @@ def run_demo(loaded: Loaded, out: str | Path, plan: Plan | None = None, progress
     chosen = {e: rows[0]["latent"] for e, rows in found.items() if rows and rows[0]["replicates"]}
     if plan.steer:
         activity, settings = Activity.of(known.codes), plan
+        write = partial(
+            written, model=loaded.model, tokenizer=loaded.tokenizer, batch_size=48, seed=plan.seed,
+            decoding=Decoding(plan.max_new_tokens, 12), progress=progress,
+        )  # fmt: skip
+        limits = cache(partial(fluency_limits, write, plan.steer))  # of the unsteered model: the same for all latents
 
         def steered(emotion: str, latent: int) -> dict[str, Any]:
-            arms = _Arms.of(loaded, sae, key, latent, emotion, activity, found, settings, progress)
+            arms = _Arms.of(loaded, sae, key, latent, emotion, activity, found, write, limits, settings)
             first = run.json_stage(f"steer_{emotion}", lambda: _steered(arms))
             return {
                 **first,
@@ -217,23 +223,23 @@ def _quality(
 def _features(loaded: Loaded, sae: Any, known: Coded, unseen: Coded, plan: Plan) -> dict[str, Any]:
     """Latents that go with an emotion on training scenarios, whether they do so on held-out themes, and appraisals."""
     found, again = (_emotional(c, plan) for c in (known.only("problem/", without=True), unseen))
-    table = {
-        emotion: [_row(loaded, sae, known, latent, emotion, found, again) for latent in found.of(emotion)[:8]]
-        for emotion in found.labels
-        if emotion in EKMAN6
-    }
     steps = known.only("problem/")
     appraisal = enrichment(
         steps.codes, [r["label"] for r in steps.records], [r["trace"] for r in steps.records],
         shuffles=plan.shuffles, seed=plan.seed,
     )  # fmt: skip
-    lens = logit_lens(loaded.model, loaded.tokenizer, sae.W_dec.detach().float(), 6)
+    best = {emotion: found.of(emotion)[:8] for emotion in found.labels if emotion in EKMAN6}
+    kinds = {label: appraisal.of(label)[:4] for label in appraisal.labels}
+    shown = sorted({i for latents in (*best.values(), *kinds.values()) for i in latents})
+    rows = sae.W_dec[shown].detach().float()
+    lens = logit_lens(loaded.model, loaded.tokenizer, rows, 8) if shown else []
+    words = {i: [word for word, _ in said] for i, said in zip(shown, lens)}
     return {
-        "emotions": table,
+        "emotions": {e: [_row(known, i, e, words[i], found, again) for i in latents] for e, latents in best.items()},
         "counts": {e: len(found.of(e)) for e in found.labels},
         "appraisals": {
             label: [{"latent": i, "q": float(appraisal.q[i, c]), "lift": float(appraisal.lift[i, c]),
-                     "words": [w for w, _ in lens[i]]} for i in appraisal.of(label)[:4]]
+                     "words": words[i][:6]} for i in kinds[label]]
             for c, label in enumerate(appraisal.labels)
         },
     }  # fmt: skip
@@ -248,58 +254,49 @@ def _emotional(given: Coded, plan: Plan) -> Enrichment:
 
 
 def _row(
-    loaded: Loaded, sae: Any, known: Coded, latent: int, emotion: str, found: Enrichment, again: Enrichment
+    known: Coded, latent: int, emotion: str, words: Sequence[str], found: Enrichment, again: Enrichment
 ) -> dict[str, Any]:
     here, there = found.labels.index(emotion), again.labels.index(emotion)
     p, top = float(again.p[latent, there]), top_steps(known.codes, known.records, latent, 5)
     return {
         "latent": latent, "lift": float(found.lift[latent, here]), "z": float(found.z[latent, here]),
-        "q": float(found.q[latent, here]), "held_out_lift": _known(again.lift[latent, there]), "held_out_p": _known(p),
-        "replicates": p <= 0.05 and bool(again.z[latent, there] > 0),
-        "words": [w for w, _ in logit_lens(loaded.model, loaded.tokenizer, sae.W_dec[[latent]].detach().float(), 8)[0]],
+        "q": float(found.q[latent, here]), "held_out_lift": number(float(again.lift[latent, there])),
+        "held_out_p": number(p), "replicates": p <= 0.05 and bool(again.z[latent, there] > 0), "words": list(words),
         "top": [{"activation": a, "label": r["label"], "text": r["text"]} for a, r in top],
     }  # fmt: skip
-
-
-def _known(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
 
 
 @dataclass(frozen=True)
 class _Arms:
     """A latent's steerer beside its controls, and how their texts are written and scored."""
 
-    loaded: Loaded
     emotion: str
     latent: int
     others: list[int]
     steerers: Mapping[str, Steerer]
+    write: Callable[..., list[Any]]
+    limits: Callable[[], FluencyThresholds]
     plan: Plan
-    progress: Progress | None
 
     @classmethod
     def of(
         cls, loaded: Loaded, sae: Any, key: Key, latent: int, emotion: str, activity: Activity,
-        features: Mapping[str, Sequence[Mapping[str, Any]]], plan: Plan, progress: Progress | None,
+        features: Mapping[str, Sequence[Mapping[str, Any]]], write: Callable[..., list[Any]],
+        limits: Callable[[], FluencyThresholds], plan: Plan,
     ) -> _Arms:  # fmt: skip
         same = [row["latent"] for row in features[emotion]]
         others = matched_latents(sae, activity, latent, plan.matched, exclude=same, seed=plan.seed)
         made = {i: latent_steerer(loaded.model, sae, key, i, activity, positions="all") for i in (latent, *others)}
         arms = {"steered": made[latent], "random": made[latent].randomised(plan.seed)}
         arms |= {f"matched {i}": made[i] for i in others}
-        return cls(loaded, emotion, latent, others, arms, plan, progress)
+        return cls(emotion, latent, others, arms, write, limits, plan)
 
     def scored(self, prompts: Sequence[dict[str, Any]], doses: Sequence[float]) -> dict[tuple[str, float], list[Any]]:
         """Scored texts of every arm at every dose, and of no steering, in the order of the prompts."""
         cells = [("none", 0.0, None), *((name, d, d * s) for d in doses for name, s in self.steerers.items())]
-        write = partial(
-            written, model=self.loaded.model, tokenizer=self.loaded.tokenizer, batch_size=48, seed=self.plan.seed,
-            decoding=Decoding(self.plan.max_new_tokens, 12), progress=self.progress,
-        )  # fmt: skip
-        limits = fluency_limits(write, self.plan.steer)
         rows = [{**p, "method": m, "dose": d, "emotion": self.emotion} for m, d, _ in cells for p in prompts]
-        rows = write(rows, [s for *_, s in cells for _ in prompts], title=f"latent {self.latent}")
-        found, n = scoring.score_rows(rows, EmbeddingJudge(seed=self.plan.seed), limits), len(prompts)
+        rows = self.write(rows, [s for *_, s in cells for _ in prompts], title=f"latent {self.latent}")
+        found, n = scoring.score_rows(rows, EmbeddingJudge(seed=self.plan.seed), self.limits()), len(prompts)
         return {(m, d): found[i * n : (i + 1) * n] for i, (m, d, _) in enumerate(cells)}
 
 
@@ -307,9 +304,11 @@ def _steered(arms: _Arms) -> dict[str, Any]:
     """Dose-response of a latent, of a random direction of its norm, and of latents like it that mean something else."""
     found = arms.scored(scenario_prompts(heldout(), arms.plan.steer), DOSES)
     cells = {(m, d): _cell(rows, m, d, arms.plan.seed) for (m, d), rows in found.items()}
-    ordered = [cells["none", 0.0] if d == 0 else cells["steered", d] for d in sorted({*DOSES, 0.0})]
+    doses = sorted({*DOSES, 0.0})
+    rates = [cells["steered" if d else "none", d]["expression"]["estimate"] for d in doses]
     return {
-        "latent": arms.latent, "matched": arms.others, "cells": list(cells.values()), "rises": _monotone(ordered),
+        "latent": arms.latent, "matched": arms.others, "cells": list(cells.values()),
+        "rises": number(rank_correlation(doses, rates)),
         "best_dose": max((d for d in DOSES if d > 0), key=lambda d: cells["steered", d]["coherent"]["estimate"] or 0.0),
     }  # fmt: skip
 
@@ -338,21 +337,3 @@ def _cell(rows: Sequence[dict[str, Any]], method: str, dose: float, seed: int) -
         "method": method, "dose": dose, **{name: scoring.interval(rows, key, seed) for name, key in rates},
         "perplexity": scoring.median(rows), "example": str(rows[0]["text"]).strip(),
     }  # fmt: skip
-
-
-def _monotone(cells: Sequence[Mapping[str, Any]]) -> float:
-    """Spearman's correlation of dose and expression over the doses."""
-    values = np.array([c["expression"]["estimate"] or 0.0 for c in cells])
-    if values.std() == 0:
-        return 0.0
-    ranks = torch.tensor(np.argsort(np.argsort(values, kind="stable"), kind="stable")).float()
-    return float(torch.corrcoef(torch.stack([torch.arange(len(values)).float(), ranks]))[0, 1])
-
-
-def check_layer(loaded: Loaded, layer: int) -> None:
-    """Raise InputError for a layer that the model does not have."""
-    from emocircuits.models.anatomy import resolve
-
-    n = resolve(loaded.model).n_layers
-    if not 0 <= layer < n:
-        raise InputError(f"this model has layers 0 to {n - 1}, not {layer}; choose another --layer")

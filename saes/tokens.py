@@ -17,6 +17,7 @@ from emocircuits.activations.sites import Key
 from emocircuits.errors import InputError, unknown
 from emocircuits.models.anatomy import text_config, unwrap
 from emocircuits.reading import pad
+from emocircuits.reasoning.tokens import with_offsets
 from emocircuits.reasoning.traces import Steps, Trace
 
 REDUCTIONS = ("closing", "mean", "all")
@@ -60,10 +61,8 @@ class StepTokens:
 
 def _placed(tokenizer: Any, trace: Trace, name: str, reduce: str) -> StepTokens:
     """The model's input is tokenised whole, so that the tokens of the last step are those that the model saw."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError("this tokenizer does not tell where its tokens stand; load the fast one (use_fast=True)")
-    encoded = tokenizer(trace.prompt + trace.steps.text + trace.ending, return_offsets_mapping=True)
-    offsets, start = encoded["offset_mapping"], len(trace.prompt)
+    ids, offsets = with_offsets(tokenizer, trace.prompt + trace.steps.text + trace.ending)
+    start = len(trace.prompt)
     bounds = trace.steps.token_bounds(offsets, start)
     closing = closing_tokens(offsets, [start + bound for bound in trace.steps.bounds[1:]])
     spans, records, n = [], [], len(trace)
@@ -85,7 +84,7 @@ def _placed(tokenizer: Any, trace: Trace, name: str, reduce: str) -> StepTokens:
         spans += own
         records += [{**about, "token": b - 1} for _, b in own]
     end = max((b for _, b in spans), default=0)
-    return StepTokens(name, list(encoded["input_ids"])[:end], spans, records)
+    return StepTokens(name, ids[:end], spans, records)
 
 
 def closing_tokens(offsets: Sequence[tuple[int, int]], bounds: Sequence[int]) -> list[int]:

@@ -22,6 +22,8 @@ def anchors(args: argparse.Namespace) -> Path:
     """Measure the project's problems or the user's own traces; returns the report's path."""
     plan = Plan(args.rollouts, args.max_new_tokens, seed=args.seed)
     if args.traces is not None:
+        if args.directions is not None or args.layer is not None:
+            raise InputError("--directions and --layer go with our own problems, whose answers are emotions")
         answers = parse_answers(args.answers)
         traces = read_traces(args.traces, answers)
         loaded = load(args.model)

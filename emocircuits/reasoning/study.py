@@ -30,7 +30,7 @@ from .answers import LikelihoodAnswers
 from .emotion import carried, push_steps
 from .engines import Job, LocalEngine, Sampling
 from .findings import markdown, page, summary
-from .importance import Similarity, answer_shares, importance
+from .importance import Similarity, accuracy_along, answer_shares, importance
 from .receivers import attention_blocks, kurtosis, vertical_scores
 from .source import is_scored
 from .steps import read_trace
@@ -88,7 +88,7 @@ def problem_traces(
     loaded: Loaded, plan: Plan, n: int | None = None, source: str = "model", *, tries: int = 6,
     progress: Progress | None = None,
 ) -> list[Trace]:  # fmt: skip
-    """Traces of the first `n` emotional-reasoning problems (spread over themes), under a few-shot prompt.
+    """Traces of `n` emotional-reasoning problems (None: all) that the plan's seed draws, under a few-shot prompt.
 
     source: "model" samples its reasoning and cuts it before the step that names the answer, which would only be copied
     (the first of `tries` that leaves enough steps; a problem without one is left out). "written" takes the hand-written
@@ -164,7 +164,7 @@ def measure(
     )  # fmt: skip
     found["forced"] = {
         "shares": _lists(answer_shares(asked)),
-        "kl": importance(trace, asked, "forced", n_boot=plan.n_boot).rows(),
+        "kl": importance(trace, asked, "forced", n_boot=plan.n_boot, seed=plan.seed).rows(),
     }
     if plan.rollouts:
         rolled = sweep(trace, engine, answers, sampling=plan.sampling, n=plan.rollouts, store=store, progress=progress)
@@ -175,9 +175,7 @@ def measure(
         if trace.truth is not None:
             rows = importance(trace, rolled, metric="accuracy", n_boot=plan.n_boot, seed=plan.seed).rows()
             found["sampled"]["accuracy"] = rows
-            found["sampled"]["right"] = [
-                float(np.mean([bool(r.correct) for r in rolled.at(k)])) for k in range(rolled.n + 1)
-            ]
+            found["sampled"]["right"] = accuracy_along(rolled).tolist()
     found |= _inside(model, tokenizer, trace, plan, answers)
     if directions is not None and layer is not None:
         found["emotion"] = _emotion(
@@ -237,20 +235,20 @@ def run_anchors(
     """Measure every trace and write anchors.json and report.html into `out`; returns the page.
 
     directions: with them (and answers scored by likelihood over their emotions) steps are read and pushed, at `layer`
-    (default: the middle one). Raises InputError for no traces, or two of one id.
+    (default: the middle one). Raises InputError, before any work, for no traces, two of one id, one of a single step,
+    and directions without scored answers.
     """
-    if not traces:
-        raise InputError("there are no traces to measure")
-    names = [t.id or str(i) for i, t in enumerate(traces)]
-    if len(set(names)) < len(names):
-        raise InputError("two traces have the same id; ids must be unique")
+    names = _checked(traces)
     if directions is not None:
+        if not is_scored(answers):
+            raise InputError("reading and pushing emotions needs answers that are scored; leave the directions out")
         layer = directions.layers[len(directions.layers) // 2] if layer is None else layer
         directions.slots(layer)
-    told = [[t.prompt, t.steps.text, list(t.steps.bounds), t.truth] for t in traces]
+    told = [[t.prompt, t.steps.text, list(t.steps.bounds), t.truth, t.labels] for t in traces]
     settings = {
         "kind": "anchors", "model": fingerprint(loaded.model), "plan": asdict(plan), "traces": _digest(told),
         "answers": repr(answers), "layer": layer,
+        "directions": None if directions is None else _digest([directions.emotions, directions.vectors.tolist()]),
     }  # fmt: skip
     run = Run(out, settings)
     similarity = Similarity()
@@ -274,18 +272,28 @@ def run_anchors(
     return artefact.write_text_atomic(run.file("report.html"), page(found, parts, loaded.name))
 
 
+def _checked(traces: Sequence[Trace]) -> list[str]:
+    """The traces' names; InputError for traces that cannot be measured."""
+    if not traces:
+        raise InputError("there are no traces to measure")
+    names = [t.id or str(i) for i, t in enumerate(traces)]
+    if len(set(names)) < len(names):
+        raise InputError("two traces have the same id; ids must be unique")
+    for name, trace in zip(names, traces):
+        if len(trace) < 2:
+            raise InputError(f"trace {name!r} has one step only, and steps act on one another; leave it out")
+    return names
+
+
 def emotion_directions(loaded: Loaded, seed: int = 0, progress: Progress | None = None) -> tuple[DirectionSet, int]:
     """Directions of the six emotions from the project's replies, and the layer that left-out themes choose."""
     from .. import quality
     from ..data.scenarios import discovery
-    from ..directions import fit
+    from ..directions import fit_examples
     from ..examples import reply_examples
-    from ..reading import read, residual_norms
 
     examples = reply_examples(discovery(), EKMAN6)
-    features = read(loaded.model, loaded.tokenizer, examples, progress=progress)
-    norms = residual_norms(loaded.model, loaded.tokenizer, [e.prompt + e.response for e in examples[:64]])
-    made = fit(features, EKMAN6, norms=norms, fingerprint=fingerprint(loaded.model), seed=seed)
+    made, features = fit_examples(loaded.model, loaded.tokenizer, examples, EKMAN6, seed=seed, progress=progress)
     return made, made.layers[int(np.argmax(quality.across_themes(features, EKMAN6, seed=seed)))]
 
 

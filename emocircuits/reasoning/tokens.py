@@ -23,10 +23,16 @@ def trace_tokens(tokenizer: Any, trace: Trace, tail: str = "") -> tuple[list[int
     A token over the end of a step belongs to the step of its last character. Raises InputError for a tokenizer that
     does not tell where its tokens stand.
     """
+    ids, offsets = with_offsets(tokenizer, trace.prompt + trace.steps.text + tail)
+    return ids, trace.steps.token_bounds(offsets, len(trace.prompt))
+
+
+def with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
+    """Ids [T] of a text, and the character span of each; raises InputError for a tokenizer that does not tell."""
     if not getattr(tokenizer, "is_fast", False):
         raise InputError("this tokenizer does not give character offsets; load the fast one (use_fast=True)")
-    encoded = tokenizer(trace.prompt + trace.steps.text + tail, return_offsets_mapping=True)
-    return list(encoded["input_ids"]), trace.steps.token_bounds(encoded["offset_mapping"], len(trace.prompt))
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
 
 def one_text(ids: Tensor | Sequence[int]) -> Tensor:
