@@ -169,12 +169,15 @@ def _pooled(z: Floats, null: NDArray[Any], fires: NDArray[Any]) -> Floats:
     return p
 
 
-def false_discovery_rate(p: Floats) -> Floats:
-    """Benjamini-Hochberg q values of p values of any shape; NaN stay NaN and do not count as tests."""
+def false_discovery_rate(p: Floats, tests: int | None = None) -> Floats:
+    """Benjamini-Hochberg q values of p values of any shape; NaN stay NaN and do not count as tests.
+
+    tests: how many there were in all, when those with p = 1 were left out.
+    """
     q = np.full(p.shape, np.nan)
     known = ~np.isnan(p)
     order = np.argsort(p[known])
-    scaled = p[known][order] * known.sum() / np.arange(1, known.sum() + 1)
+    scaled = p[known][order] * (known.sum() if tests is None else tests) / np.arange(1, known.sum() + 1)
     values = np.empty(len(order))
     values[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1)
     q[known] = values
