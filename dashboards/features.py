@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dashboards.folders import SAE, Place, kind, read_json
+from dashboards.folders import SAE, Place, kind
 from dashboards.words import num, p_value, rate
+from emocircuits.artefact import read_json
 
 Row = dict[str, Any]
 Found = Mapping[str, Any]

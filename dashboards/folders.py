@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from emocircuits import artefact
+from emocircuits.artefact import read_json
 from emocircuits.errors import InputError
 from emocircuits.report import RunData, read_run
 
@@ -78,17 +77,6 @@ def open_run(folder: Path) -> RunData:
     manifest = read_json(folder / TESTBED).get("manifest") or {}
     nothing = dict.fromkeys(("quality", "embedding", "tuning", "evaluation", "dose", "texts"))
     return RunData(folder, {"settings": {"model": "the test bed", **manifest}, "stages": {}}, **nothing)
-
-
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object; raises InputError for a missing or damaged file."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete it and make it again") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} should hold a JSON object; delete it and make it again")
-    return found
 
 
 def notices(data: RunData) -> list[str]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dashboards.folders import inside, read_json
+from dashboards.folders import inside
+from emocircuits.artefact import read_json
 from emocircuits.report import RunData
 
 TOTAL = 0.15

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dashboards.folders import BALANCE, TESTBED, Place, kind, read_json
+from dashboards.folders import BALANCE, TESTBED, Place, kind
 from dashboards.words import num, plain, rate
+from emocircuits.artefact import read_json
 
 Row = dict[str, Any]
 SCORES = {

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dashboards.folders import ANCHORS, Place, inside, kind, read_json
+from dashboards.folders import ANCHORS, Place, inside, kind
 from dashboards.words import num, plain, rate
+from emocircuits.artefact import read_json
 from emocircuits.errors import InputError
 
 Row = dict[str, Any]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emocircuits.artefact import read_jsonl
+from emocircuits.artefact import read_json, read_jsonl
 from emocircuits.data.emotions import EKMAN6
 from emocircuits.errors import InputError
 
@@ -76,12 +75,4 @@ def read_run(run_path: str | Path) -> RunData:
 
 
 def _read_json(path: Path) -> Data | None:
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); delete it and run the stage again") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} should hold a JSON object; delete it and run the stage again")
-    return found
+    return read_json(path) if path.is_file() else None

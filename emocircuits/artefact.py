@@ -123,6 +123,20 @@ def write_jsonl_atomic(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> P
     return write_text_atomic(path, "".join(lines))
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A file that holds one JSON object; raises InputError for a missing or damaged one."""
+    path = Path(path).expanduser()
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {_reason(error)}; check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and make it again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} should hold a JSON object; delete it and make it again")
+    return found
+
+
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """Read one JSON object per line, skipping blank lines; raises InputError that names the file and the line."""
     path = Path(path).expanduser()

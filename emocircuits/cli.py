@@ -223,6 +223,18 @@ def _sae_parser(verbs: argparse._SubParsersAction) -> None:
         verb.add_argument("--store", type=Path, required=True, help="its activations")
         verb.add_argument("--output", type=Path, required=True)
         verb.set_defaults(run=commands.run_sae, call=call)
+    show = _verb(
+        actions, "pages", "pages of latents: HTML, and JSON for Neuronpedia",
+        "emocircuits sae pages --sae runs/saes/resid_post.12 --texts texts.jsonl --latents 17,40 --output runs/pages",
+    )  # fmt: skip
+    show.add_argument("--model", default="demo")
+    show.add_argument("--sae", type=Path, required=True, help="folder of an SAE in SAELens's format")
+    show.add_argument("--texts", type=Path, required=True, help="JSONL with text, or prompt and completion")
+    show.add_argument("--latents", help="such as 17,40 (default: all, and then no HTML if there are more than 200)")
+    show.add_argument("--names", type=Path, help="JSON of names: {latent: name}")
+    show.add_argument("--output", type=Path, required=True, help="folder")
+    show.add_argument("--seed", type=int, default=0)
+    show.set_defaults(run=commands.run_sae, call="run_pages")
 
 
 def _evaluate_parser(verbs: argparse._SubParsersAction) -> None:

@@ -94,7 +94,7 @@ def run_steer(args: argparse.Namespace) -> None:
     rows = load_prompts(args.input)
     _writable(args.output)
     directions = DirectionSet.load(args.directions)
-    layers = parse_layers(args.layers) if args.layers else _middle(directions.layers)
+    layers = parse_numbers(args.layers) if args.layers else _middle(directions.layers)
     steerer = directions.steerer(args.emotion, args.strength, layers, args.positions)
     model, tokenizer = load(args.model)
     steerer.check(model)
@@ -140,7 +140,7 @@ def run_import(args: argparse.Namespace) -> None:
     from .steering.formats import read_steerer
 
     _writable(args.output)
-    steerer = read_steerer(args.file, args.format, parse_layers(args.layer) if args.layer else (), args.site)
+    steerer = read_steerer(args.file, args.format, parse_numbers(args.layer) if args.layer else (), args.site)
     where = "; ".join(f"{t.site} of layers {', '.join(map(str, t.layers))}" for t in steerer.terms)
     _say(f"{where}: {steerer.save(args.output)}")
 
@@ -219,13 +219,13 @@ def run_serve(args: argparse.Namespace) -> None:
     serve(args)
 
 
-def parse_layers(text: str) -> list[int]:
-    """Layers of "4-13" or "6,8,10"; raises InputError for anything else."""
+def parse_numbers(text: str, what: str = "layers") -> list[int]:
+    """Whole numbers of "4-13" or "6,8,10"; raises InputError for anything else."""
     try:
         parts = [p.split("-") for p in text.split(",")]
         return [n for p in parts for n in range(int(p[0]), int(p[-1]) + 1)]
     except ValueError as error:
-        raise InputError(f"cannot read layers {text!r}; write them like 4-13 or 6,8,10") from error
+        raise InputError(f"cannot read {what} {text!r}; write them like 4-13 or 6,8,10") from error
 
 
 def _middle(layers: Sequence[int]) -> list[int]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from emocircuits.activations.store import ActivationStore
-from emocircuits.artefact import read_jsonl, write_json_atomic
+from emocircuits.artefact import read_json, read_jsonl, write_json_atomic
+from emocircuits.commands import parse_numbers
 from emocircuits.demo import bars
 from emocircuits.errors import InputError
 from emocircuits.models.load import load
@@ -17,11 +18,16 @@ from emocircuits.reasoning.traces import Trace
 
 from .collect import collect
 from .features import Activity, encode_all, enrichment, top_steps
+from .interop import load_sae, stated_place
+from .pages import latent_pages
+from .publish import html_page, neuronpedia
 from .recipe import Recipe
 from .steering import latent_steerer
 from .study import Plan, run_demo
 from .train import Trained, train
 from .vectors import Vectors, is_sink, stored, without_sinks
+
+MOST_SHOWN = 200
 
 
 def run_demo_command(args: argparse.Namespace) -> None:
@@ -37,7 +43,7 @@ def run_demo_command(args: argparse.Namespace) -> None:
 def run_collect(args: argparse.Namespace) -> None:
     """`emocircuits sae collect`"""
     traces = read_texts(args.texts)
-    layers = [int(x) for x in args.layers.split(",")] if args.layers else None
+    layers = parse_numbers(args.layers) if args.layers else None
     loaded = load(args.model)
     with bars() as progress:
         store = collect(
@@ -91,6 +97,28 @@ def run_steer(args: argparse.Namespace) -> None:
     )
     maximum = made.provenance["maximum"]
     _say(f"latent {args.latent}, {args.dose:g} x its maximum of {maximum:.3g}: {made.save(args.output)}")
+
+
+def run_pages(args: argparse.Namespace) -> None:
+    """`emocircuits sae pages`"""
+    sae, traces = load_sae(args.sae), read_texts(args.texts)
+    key, width = stated_place(sae), sae.W_dec.shape[0]
+    if key is None:
+        raise InputError(f"{args.sae} does not say where it sits; write it anew with saes.interop.export(place=...)")
+    latents = parse_numbers(args.latents, "latents") if args.latents else list(range(width))
+    names = {int(i): str(name) for i, name in read_json(args.names).items()} if args.names else {}
+    loaded = load(args.model)
+    with bars() as progress:
+        pages = latent_pages(
+            loaded.model, loaded.tokenizer, sae, key, traces, latents, names=names, seed=args.seed, progress=progress
+        )
+    name, data = f"{key[1]}-{args.sae.name}", args.texts.name
+    written = neuronpedia(pages, args.output, model_id=loaded.name, key=key, name=name, dataset=data)
+    _say(f"{len(pages)} latents for Neuronpedia: {', '.join(map(str, written))}")
+    if len(pages) <= MOST_SHOWN:
+        _say(f"to look at: {html_page(pages, args.output / 'latents.html', f'Latents of {args.sae.name}')}")
+    else:
+        _say(f"one page shows at most {MOST_SHOWN} latents; choose some with --latents to get it")
 
 
 def read_texts(path: Path) -> list[Trace]:

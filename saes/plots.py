@@ -15,10 +15,15 @@ INK = "#6B4FD8"
 
 def densities(histogram: Mapping[str, Sequence[float]]) -> go.Figure:
     """How many latents fire how often: counts over log10 of the share of rows where a latent is active."""
-    fig = figure("log10 density", "latents", 280)
-    edges, counts = histogram["log10_edges"], histogram["counts"]
+    edges = histogram["log10_edges"]
     middle = [(a + b) / 2 for a, b in zip(edges, edges[1:])]
-    fig.add_bar(x=middle, y=numbers(counts), marker_color=INK, showlegend=False)
+    return bars(middle, histogram["counts"], "log10 density", "latents", 280)
+
+
+def bars(middles: Sequence[float], counts: Sequence[float], x: str, y: str = "tokens", height: int = 220) -> go.Figure:
+    """A histogram from counts and the middles of their bins."""
+    fig = figure(x, y, height)
+    fig.add_bar(x=list(middles), y=numbers(counts), marker_color=INK, showlegend=False)
     return fig.update_layout(bargap=0.05)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from emocircuits.cli import main
-from emocircuits.commands import parse_layers
+from emocircuits.commands import parse_numbers
 from emocircuits.directions import DirectionSet
 from emocircuits.errors import InputError
 
@@ -113,9 +113,9 @@ def test_vectors_come_in_and_go_out(tmp_path, capsys) -> None:
 
 
 def test_layers_are_read_as_written() -> None:
-    assert parse_layers("4-6,9") == [4, 5, 6, 9]
+    assert parse_numbers("4-6,9") == [4, 5, 6, 9]
     with pytest.raises(InputError):
-        parse_layers("a-b")
+        parse_numbers("a-b")
 
 
 @pytest.mark.real_model

@@ -66,6 +66,13 @@ def test_from_texts_to_a_steerer(folder: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     assert cli.main(["sae", "steer", *sae, "--model", model, "--latent", "99", "--output", str(out)]) == 2
     assert "latent 99 does not exist" in capsys.readouterr().err
+    pages = ["sae", "pages", "--sae", f"{saes}/resid_post.1", "--model", model, "--texts", str(folder / "texts.jsonl")]
+    names = folder / "names.json"
+    names.write_text(json.dumps({str(live): "<shouting>"}))
+    out = folder / "pages"
+    assert cli.main([*pages, "--latents", f"{live},0-1", "--names", str(names), "--output", str(out)]) == 0
+    assert [f["feature_index"] for f in json.loads((out / "batch-0.json").read_text())["features"]] == [live, 0, 1]
+    assert "&lt;shouting&gt;" in (out / "latents.html").read_text("utf-8")
 
 
 def test_rows_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

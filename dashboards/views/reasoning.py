@@ -7,10 +7,10 @@ from pathlib import Path
 import streamlit as st
 
 from dashboards import reasoning
-from dashboards.folders import read_json
 from dashboards.shell import STRIP, choose, draw, level, missing, page, place, table
 from dashboards.words import md, num
 from emocircuits import live_plots
+from emocircuits.artefact import read_json
 from emocircuits.reasoning import plots
 from emocircuits.report import RunData
 
