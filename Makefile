@@ -12,8 +12,9 @@ INSTALL = $(RUN)/python -m pip install --quiet --disable-pip-version-check -c co
 demo: $(VENV)/demo.done
 	$(RUN)/emocircuits demo --out runs/demo
 
-# Notebooks take about as long as all other tests, so they run beside them.
+# Notebooks take about as long as all other tests, so they run beside them, each on half of the cores.
 test: $(VENV)/dev.done
+	export OMP_NUM_THREADS=$$($(RUN)/python -c "import os; print(max(1, (os.cpu_count() or 2) // 2))"); \
 	$(RUN)/python -m pytest tests/test_notebooks.py & notebooks=$$!; \
 	$(RUN)/python -m pytest --ignore=tests/test_notebooks.py; others=$$?; \
 	wait $$notebooks && exit $$others

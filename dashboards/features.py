@@ -6,17 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dashboards.folders import SAE, Place, kind
+from dashboards.folders import SAE
 from dashboards.words import num, p_value, rate
 from emocircuits.artefact import read_json
 
 Row = dict[str, Any]
 Found = Mapping[str, Any]
-
-
-def sources(place: Place) -> list[str]:
-    """Names of the runs that hold a studied SAE."""
-    return [name for name in place.names if kind(place.root / name) == "features"]
 
 
 def read(folder: Path) -> Found:

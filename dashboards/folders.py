@@ -13,6 +13,7 @@ from emocircuits.errors import InputError
 from emocircuits.report import RunData, read_run
 
 MANIFEST, BALANCE, TESTBED, ANCHORS, SAE = "manifest.json", "balance.json", "nano_mllm.json", "anchors.json", "sae.json"
+GALLERY = "gallery.json"
 STAGES = {
     "quality": "the quality of the directions", "evaluation": "the scores on held-out scenarios",
     "dose": "the dose response", "texts": "the texts", "circuits": "the circuits",
@@ -59,6 +60,11 @@ def kind(folder: Path) -> str:
         if (folder / name).is_file():
             return found
     return "circuits" if (folder / "circuits.json").is_file() else "run"
+
+
+def of_kind(place: Place, wanted: str) -> list[str]:
+    """Names of the runs that hold one kind of thing."""
+    return [name for name in place.names if kind(place.root / name) == wanted]
 
 
 def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dashboards.folders import BALANCE, TESTBED, Place, kind
+from dashboards.folders import BALANCE, GALLERY, TESTBED, inside
 from dashboards.words import num, plain, rate
 from emocircuits.artefact import read_json
 
@@ -16,11 +16,6 @@ SCORES = {
     "as voice": "conflict: answered with the voice's emotion", "as face": "conflict: answered with the face's emotion",
     "gap": "conflict: preference gap",
 }  # fmt: skip
-
-
-def sources(place: Place) -> list[str]:
-    """Names of the runs that hold something about modalities."""
-    return [name for name in place.names if kind(place.root / name) == "modality"]
 
 
 def read(folder: Path) -> tuple[str, Mapping[str, Any]]:
@@ -98,3 +93,28 @@ def attention_rows(found: Mapping[str, Any]) -> list[Row]:
         {"attention to": n, **{f"layer {i}": v for i, v in enumerate(values)}}
         for n, values in found["attention"].items()
     ]
+
+
+# ------------------------------------------------------------------------------------------------ clips
+
+
+def gallery(folder: Path) -> Mapping[str, Any] | None:
+    """Conflict clips with their answers, or None where the folder has none; raises InputError for a damaged file."""
+    return read_json(folder / GALLERY) if (folder / GALLERY).is_file() else None
+
+
+def media(folder: Path, clip: Mapping[str, Any], ending: str) -> Path | None:
+    """A clip's picture (".png") or sound (".wav"), where it is there."""
+    file = inside(folder / "clips", f"{clip['name']}{ending}")
+    return file if file is not None and file.is_file() else None
+
+
+def clip_name(clip: Mapping[str, Any]) -> str:
+    """What a clip is called in a list."""
+    return f"{clip['name']}: voice {clip['voice']}, face {clip['face']}"
+
+
+def answer(found: Mapping[str, Any], p: Sequence[float]) -> str:
+    """The likeliest answer in words."""
+    best = max(range(len(p)), key=p.__getitem__)
+    return f"{found['emotions'][best]} ({num(p[best], '.0%')})"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dashboards.folders import ANCHORS, Place, inside, kind
+from dashboards.folders import ANCHORS, inside
 from dashboards.words import num, plain, rate
 from emocircuits.artefact import read_json
 from emocircuits.errors import InputError
@@ -16,11 +16,6 @@ Row = dict[str, Any]
 Found = Mapping[str, Any]
 WINDOW = 60
 """Steps shown at once: a trace may have thousands."""
-
-
-def sources(place: Place) -> list[str]:
-    """Names of the runs that hold reasoning traces."""
-    return [name for name in place.names if kind(place.root / name) == "reasoning"]
 
 
 def read(folder: Path) -> Found:

@@ -70,6 +70,19 @@ def missing(what: str, why: str, command: str) -> None:
         st.code(command, language="bash", wrap_lines=True)
 
 
+def source(data: RunData, kind: str, label: str, key: str, what: str, why: str, command: str) -> Path | None:
+    """The folder that holds one kind of thing: the run itself, else one beside it that is chosen.
+
+    Where there is none, the empty state and None.
+    """
+    here = place()
+    names = folders.of_kind(here, kind)
+    if not names:
+        missing(what, why, command)
+        return None
+    return here.root / (data.path.name if data.path.name in names else choose(label, names, key))
+
+
 def lacking(data: RunData, *names: str) -> bool:
     """Show the empty state for stages that a page needs and the run lacks; True when one is missing."""
     absent = [folders.STAGES[n] for n in names if getattr(data, n) is None]
@@ -111,6 +124,14 @@ def level(label: str, low: float, high: float, value: float, key: str, step: flo
     if not low <= st.session_state.get(key, value) <= high:
         del st.session_state[key]
     return st.slider(label, low, high, value, step, key=key, bind="query-params", **more)
+
+
+def step(label: str, options: Sequence[str], key: str) -> int:
+    """The place of one of the options on a slider, kept in the URL under `key`; the first when the URL holds none."""
+    if st.session_state.get(key, options[0]) not in options:
+        del st.session_state[key]
+    found = st.select_slider(label, options, key=key, bind="query-params")
+    return options.index(found) if found in options else 0
 
 
 # ------------------------------------------------------------------------------------------------------ showing

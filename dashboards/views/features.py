@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from dashboards import features
-from dashboards.shell import choose, draw, missing, page, place, table
+from dashboards.shell import choose, draw, page, source, table
 from dashboards.words import md, num, rate
 from emocircuits.report import RunData
 
@@ -15,15 +15,13 @@ VIEWS = ("Latents", "Steering", "Quality")
 
 def show(data: RunData) -> None:
     """A run of SAEs: this one, else one beside it."""
-    here = place()
-    names = features.sources(here)
-    if not names:
-        missing("No sparse autoencoder in this folder",
-                "It learns a dictionary of reasoning steps and emotional texts, and says which entries steer.",
-                COMMAND)  # fmt: skip
+    folder = source(
+        data, "features", "SAE run", "sae", "No sparse autoencoder in this folder",
+        "It learns a dictionary of reasoning steps and emotional texts, and says which entries steer.", COMMAND,
+    )  # fmt: skip
+    if folder is None:
         return
-    name = data.path.name if data.path.name in names else choose("SAE run", names, "sae")
-    found = features.read(here.root / name)
+    found = features.read(folder)
     view = choose("View", VIEWS, "view", buttons=True)
     {"Latents": _latents, "Steering": _steering, "Quality": _quality}[view](found)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
 from dashboards import modality
-from dashboards.shell import choose, draw, missing, page, place, table
+from dashboards.shell import choose, draw, page, source, step, table
 from dashboards.words import md
 from emocircuits.multimodal import plots
 from emocircuits.report import RunData
@@ -18,16 +19,19 @@ COMMAND = "emocircuits balance --model MODEL --inputs batch.safetensors --answer
 
 def show(data: RunData) -> None:
     """A balance run or the test bed's results: this run's own, else one beside it."""
-    here = place()
-    names = modality.sources(here)
-    if not names:
-        missing("No run about modalities in this folder",
-                "It reads batches that a multimodal model's processor returned, and says what drives the answers.",
-                COMMAND)  # fmt: skip
+    folder = source(
+        data, "modality", "Modality run", "balance", "No run about modalities in this folder",
+        "It reads batches that a multimodal model's processor returned, and says what drives the answers.", COMMAND,
+    )  # fmt: skip
+    if folder is None:
         return
-    name = data.path.name if data.path.name in names else choose("Modality run", names, "balance")
-    kind, found = modality.read(here.root / name)
-    {"balance": _balance, "testbed": _testbed}[kind](found)
+    kind, found = modality.read(folder)
+    if kind == "balance":
+        _balance(found)
+        return
+    if clips := modality.gallery(folder):
+        _clips(folder, clips)
+    _testbed(found)
 
 
 def _balance(found: Mapping[str, Any]) -> None:
@@ -43,6 +47,31 @@ def _balance(found: Mapping[str, Any]) -> None:
             draw(plots.mass_map(mass, name), f"{name}: attention of the last token")
     table(modality.agreement_rows(found), "Do the measures agree?",
           "Attention says where a model looks; only taking something out says what the answer needs.")  # fmt: skip
+
+
+def _clips(folder: Path, found: Mapping[str, Any]) -> None:
+    """One clip whose voice and face disagree, and its answer under a reallocation of chosen strength."""
+    st.subheader("A clip whose voice and face disagree", anchor=False)
+    names = [modality.clip_name(c) for c in found["clips"]]
+    clip = found["clips"][names.index(choose("Clip", names, "clip"))]
+    left, right = st.columns([1, 2])
+    with left:
+        if picture := modality.media(folder, clip, ".png"):
+            st.image(str(picture), caption=f"face: {md(clip['face'])}", width=192)
+        if sound := modality.media(folder, clip, ".wav"):
+            st.audio(str(sound))
+            st.caption(f"voice: {md(clip['voice'])}")
+    with right:
+        way = choose(f"Attention moved from {found['from']} to {found['to']} by", list(found["strengths"]), "policy")
+        strengths = ["off", *(f"{s:g}" for s in found["strengths"][way])]
+        at = step("Strength", strengths, "strength")
+        after = clip["after"][way][at - 1] if at else clip["before"]
+        st.markdown(
+            f"Answer: **{md(modality.answer(found, after))}**; as it is {md(modality.answer(found, clip['before']))}."
+        )
+        answers = {"as it is": clip["before"]} | ({f"{way}, {strengths[at]}": after} if at else {})
+        draw(plots.answer_bars(answers, found["emotions"]), "Answers, without and with reallocation",
+             "Measured for every strength; Multiply and Transfer are the family of MoSEAR.")  # fmt: skip
 
 
 def _testbed(found: Mapping[str, Any]) -> None:

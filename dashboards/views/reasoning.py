@@ -7,7 +7,7 @@ from pathlib import Path
 import streamlit as st
 
 from dashboards import reasoning
-from dashboards.shell import STRIP, choose, draw, level, missing, page, place, table
+from dashboards.shell import STRIP, choose, draw, level, missing, page, source, table
 from dashboards.words import md, num
 from emocircuits import live_plots
 from emocircuits.artefact import read_json
@@ -20,14 +20,12 @@ INK = "#6B4FD8"
 
 def show(data: RunData) -> None:
     """A run of anchors: this one, else one beside it; one trace of it, or all together."""
-    here = place()
-    names = reasoning.sources(here)
-    if not names:
-        missing("No run of reasoning traces in this folder",
-                "Thought anchors say which steps of a trace its answer hangs on.", COMMAND)  # fmt: skip
+    folder = source(
+        data, "reasoning", "Reasoning run", "anchors", "No run of reasoning traces in this folder",
+        "Thought anchors say which steps of a trace its answer hangs on.", COMMAND,
+    )  # fmt: skip
+    if folder is None:
         return
-    name = data.path.name if data.path.name in names else choose("Reasoning run", names, "anchors")
-    folder = here.root / name
     if choose("View", ("One trace", "All traces"), "view", buttons=True) == "One trace":
         _one(folder)
     else:

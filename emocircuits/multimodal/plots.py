@@ -11,7 +11,8 @@ from emocircuits._figures import QUIET, Matrix, figure, heat, number, numbers, t
 
 Row = Mapping[str, Any]
 COLORS = {"audio": "#E69F00", "image": "#0072B2", "video": "#56B4E9", "text": "#8A8F98"}
-SCALE = ((0.0, "#FBFBFA"), (1.0, "#6B4FD8"))
+INK = "#6B4FD8"
+SCALE = ((0.0, "#FBFBFA"), (1.0, INK))
 
 
 def mass_map(mass: Matrix, name: str) -> go.Figure:
@@ -34,6 +35,15 @@ def effect_bars(effects: Mapping[str, Mapping[str, Row]]) -> go.Figure:
             error_y=whiskers(points),
         )  # fmt: skip
     return fig.update_layout(barmode="group")
+
+
+def answer_bars(answers: Mapping[str, Sequence[float]], labels: Sequence[str]) -> go.Figure:
+    """Probability of each answer, [n_labels] for each of a few ways to ask; the last is drawn in colour."""
+    fig = figure("", "probability", 300)
+    for i, (name, values) in enumerate(answers.items()):
+        color = INK if i == len(answers) - 1 else QUIET
+        fig.add_bar(x=[text(label) for label in labels], y=numbers(values), name=text(name), marker_color=color)
+    return fig.update_layout(barmode="group", bargap=0.3).update_yaxes(range=[0, 1], tickformat=".0%")
 
 
 def gap_curve(rows: Sequence[Row], x: str = "strength") -> go.Figure:

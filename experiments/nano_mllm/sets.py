@@ -118,15 +118,27 @@ def evaluation_sets(
     return {kind: _evaluation_set(kind, first, persons, seed, recipe, question) for kind in kinds}
 
 
-def _evaluation_set(kind: str, first: int, persons: int, seed: int, recipe: Recipe, question: str) -> EvaluationSet:
+def _drawn(kind: str, persons: int, seed: int) -> tuple[Whole, Whole, Whole]:
+    """What is heard and seen in each prompt of a set [6 persons], and the seeds of its clips."""
     n = persons * len(EMOTIONS)
     rng = np.random.default_rng([6, seed, KINDS.index(kind)])
-    people, heard = first + np.arange(n) // len(EMOTIONS), np.arange(n) % len(EMOTIONS)
+    heard = np.arange(n) % len(EMOTIONS)
     seen = (heard + rng.integers(1, len(EMOTIONS), size=n)) % len(EMOTIONS) if kind == "conflict" else heard
-    clip_seeds = rng.integers(2**31, size=n)
+    return heard, seen, rng.integers(2**31, size=n)
+
+
+def clip_seeds(kind: str, persons: int, seed: int) -> Whole:
+    """The seeds of the clips of an evaluation set, with which `face` and `voice` make them again."""
+    return _drawn(kind, persons, seed)[2]
+
+
+def _evaluation_set(kind: str, first: int, persons: int, seed: int, recipe: Recipe, question: str) -> EvaluationSet:
+    heard, seen, seeds = _drawn(kind, persons, seed)
+    n = len(heard)
+    people = first + np.arange(n) // len(EMOTIONS)
     absent: list[Any] = [None] * n
-    voices = absent if kind == "image" else media(voice, heard, people, clip_seeds, recipe.voices)
-    faces = absent if kind == "audio" else media(face, seen, people, clip_seeds, recipe.faces)
+    voices = absent if kind == "image" else media(voice, heard, people, seeds, recipe.voices)
+    faces = absent if kind == "audio" else media(face, seen, people, seeds, recipe.faces)
     firsts = (np.arange(n) + people) % 2 == 0
     items = [Item(question, v, f, bool(a)) for v, f, a in zip(voices, faces, firsts)]
     none = np.full(n, -1)
