@@ -16,9 +16,11 @@ import sets
 import torch
 import train
 from clips import EMOTIONS, EXPRESSIONS, PROSODIES, Knobs
+from PIL import Image
+from scipy.io import wavfile
 
 from emocircuits.models.spans import ModalitySpans, placeholders
-from emocircuits.steering.policies import Transfer
+from emocircuits.steering.policies import SetPoint, Transfer
 from emocircuits.steering.reallocation import Reallocation
 
 CHANCE = 1 / len(EMOTIONS)
@@ -178,3 +180,29 @@ def test_training_is_reproducible_by_seed(tmp_path):
 def test_page_shows_the_results():
     result = json.loads((RESULTS / "nano_mllm.json").read_text())
     assert (RESULTS / "nano_mllm.md").read_text() == report.markdown(result)
+
+
+# ------------------------------------------------------------------------------------------------------- gallery
+
+
+def test_the_gallery_shows_the_clips_that_were_answered(trained):
+    found = json.loads((RESULTS / "gallery.json").read_text())
+    conflict = sets.evaluation_sets(sets.HELD_OUT, 1, 1, sets.Recipe(), ("conflict",))["conflict"]
+    seeds = sets.clip_seeds("conflict", 1, 1)
+    assert found["emotions"] == list(EMOTIONS)
+    for i, clip in enumerate(found["clips"]):
+        assert (clip["voice"], clip["face"]) == (EMOTIONS[conflict.heard[i]], EMOTIONS[conflict.seen[i]])
+        rate, sound = wavfile.read(RESULTS / "clips" / f"{clip['name']}.wav")
+        made = clips.voice(clip["voice"], int(conflict.persons[i]), int(seeds[i]))
+        assert rate == clips.RATE
+        assert np.abs(sound / 32767 - made).max() < 1e-4
+        picture = np.asarray(Image.open(RESULTS / "clips" / f"{clip['name']}.png"))[::6, ::6]
+        assert np.array_equal(picture, clips.face(clip["face"], int(conflict.persons[i]), int(seeds[i])))
+        assert torch.equal(nano.pictures([picture])[0], conflict.items[i].picture), (
+            "what is shown is what was asked about"
+        )
+    before = nano.label_probabilities(trained, conflict.items)
+    assert np.abs(before - [c["before"] for c in found["clips"]]).max() < 1e-3
+    way, strength = "set point, last", found["strengths"]["set point, last"].index(0.2)
+    after = rebalance.probabilities(trained, conflict, Reallocation(SetPoint("audio", "image", 0.2), queries="last"))
+    assert np.abs(after - [c["after"][way][strength] for c in found["clips"]]).max() < 1e-3
