@@ -367,13 +367,13 @@ def test_a_clip_is_seen_and_heard_and_its_answer_moves_with_the_strength(open_ap
     at = open_app(TESTBED, "modality", clip="00: voice anger, face sadness", policy="set point, last")
     well(at)
     assert "Answer: **anger (92%)**" in said(at).replace("\\", "")
-    assert len(at.get("imgs")) == 1
+    assert len(at.get("image")) == 1
     assert len(at.get("audio")) == 1
     at.select_slider[0].set_value("0.2").run()
     well(at)
     assert "Answer: **sadness" in said(at)
     assert "as it is anger (92%)" in said(at).replace("\\", "")
-    at.selectbox[1].set_value("sinks, last").run()  # a policy without this strength
+    at.selectbox[1].set_value("multiply both, last").run()  # a policy without this strength
     well(at)
     assert at.select_slider[0].value == "off"
 
@@ -383,7 +383,7 @@ def test_a_testbed_without_media_or_clips_is_well(tmp_path: Path, open_app: Any)
         shutil.copyfile(TESTBED / name, tmp_path / name)
     at = open_app(tmp_path, "modality")
     well(at)
-    assert not at.get("imgs")
+    assert not at.get("image")
     assert not at.get("audio")
     (tmp_path / "gallery.json").unlink()
     at = open_app(tmp_path, "modality")
