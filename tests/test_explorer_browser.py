@@ -11,14 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import chromium
 import pytest
+from pictures import HERE, SLOW, explorer, free_port, start, wait_for
 from synthetic_run import write_balance, write_run, write_usable_run
 
 from emocircuits import explore
@@ -29,8 +27,6 @@ PAGES = {
     "": "Overview", "directions": "Directions", "circuits": "Circuits", "steer": "Steer", "modality": "Modality",
     "reasoning": "Reasoning", "features": "Features", "compare": "Compare", "about": "About this run",
 }  # fmt: skip
-HERE = "127.0.0.1"
-SLOW = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +36,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     write_usable_run(root / "whole")
     write_run(root / "other", emotions=("anger", "fear", "joy"), layers=4, scenarios=2)
     write_balance(root / "balance")
-    port = free_port()
-    process = start(root / "whole", port)
-    try:
-        wait_for(port)
-        yield f"http://{HERE}:{port}"
-    finally:
-        process.terminate()
-        process.wait(timeout=SLOW)
+    with explorer(root / "whole") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -56,31 +46,6 @@ def tab(server: str) -> Iterator[chromium.Tab]:
         pytest.skip(f"no browser is installed: one of {', '.join(chromium.BROWSERS)}")
     with chromium.tab() as opened:
         yield opened
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind((HERE, 0))
-        return probe.getsockname()[1]
-
-
-def start(run: Path, port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "emocircuits.cli", "explore", str(run), "--port", str(port), "--no-browser"]
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
-
-
-def wait_for(port: int) -> None:
-    end = time.monotonic() + SLOW
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://{HERE}:{port}/_stcore/health", timeout=2) as answer:
-                assert answer.read() == b"ok"
-                return
-        except OSError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.3)
 
 
 def handshake(port: int, host: str) -> str:
@@ -139,6 +104,7 @@ def test_a_terminated_command_takes_its_server_along(tmp_path: Path) -> None:
 def test_every_page_opens_without_an_exception_and_fits(
     tab: chromium.Tab, server: str, page: str, width: int, dark: bool
 ) -> None:
+    tab.errors.clear()
     tab.look(width, dark=dark)
     tab.open(f"{server}/{page}?run=whole")
     if folder := os.environ.get("EMOCIRCUITS_SCREENSHOTS"):
@@ -150,6 +116,7 @@ def test_every_page_opens_without_an_exception_and_fits(
     assert (max(map(int, re.findall(r"\d+", ground)[:3])) < 128) == dark
     main = """document.querySelector('[data-testid="stMain"]')"""
     assert tab.js(f"{main}.scrollWidth <= {main}.clientWidth + 1")
+    assert tab.errors == []
 
 
 def test_pages_ask_nothing_of_other_machines(tab: chromium.Tab, server: str) -> None:

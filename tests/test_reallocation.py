@@ -153,9 +153,9 @@ def logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, what: str = "") -> None:
-    """Equal to 1e-5 of the largest logit."""
+    """Equal to 2e-5 of the largest logit: written out, attention without any policy differs from sdpa by 5e-6."""
     error = float((found - expected).abs().max() / expected.abs().max())
-    assert error < 1e-5, f"{what}: {error:.1e}"
+    assert error < 2e-5, f"{what}: {error:.1e}"
 
 
 @pytest.mark.parametrize("which", ["multiply", "hide", "transfer", "threshold", "set point", "boost"])

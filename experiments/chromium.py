@@ -1,7 +1,11 @@
-"""A headless Chromium tab for tests, driven through its own debugging protocol (websockets come with Streamlit)."""
+"""A headless Chromium tab, driven through its own debugging protocol (websockets come with Streamlit).
+
+python experiments/chromium.py runs/demo/report.html report.png --width 1280 --height 2000 --dark
+"""
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import shutil
@@ -14,8 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from screenshot import BROWSERS, FLAGS
-
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars"
+)
 PATIENCE = 30.0
 READY = """(() => {
   const app = document.querySelector('[data-testid="stApp"]');
@@ -23,6 +30,10 @@ READY = """(() => {
   const drawn = document.querySelectorAll('.js-plotly-plot .main-svg').length;
   const done = app && app.dataset.testScriptState === 'notRunning' && document.querySelector('h2');
   return Boolean(done && !document.querySelector('[data-testid="stSkeleton"]') && (!charts || drawn));
+})()"""
+LOADED = """(() => {
+  const plots = document.querySelectorAll('.plot').length, drawn = document.querySelectorAll('.main-svg').length;
+  return document.readyState === 'complete' && (!plots || drawn > 0);
 })()"""
 
 
@@ -32,12 +43,13 @@ def browser() -> str | None:
 
 
 class Tab:
-    """One page. `requests` holds the address of everything it asked for."""
+    """One page. requests: every address that it asked for. errors: what its console and its scripts complained of."""
 
     def __init__(self, socket: Any) -> None:
         self._socket, self._count = socket, 0
         self.requests: list[str] = []
-        for domain in ("Page", "Runtime", "Network"):
+        self.errors: list[str] = []
+        for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
@@ -46,12 +58,21 @@ class Tab:
         self._socket.send(json.dumps({"id": self._count, "method": method, "params": params}))
         while True:
             message = json.loads(self._socket.recv(timeout=PATIENCE))
-            if message.get("method") == "Network.requestWillBeSent":
-                self.requests.append(message["params"]["request"]["url"])
+            self._note(message.get("method"), message.get("params", {}))
             if message.get("id") == self._count:
                 if "error" in message:
                     raise RuntimeError(f"{method}: {message['error']}")
                 return message["result"]
+
+    def _note(self, event: str | None, about: dict[str, Any]) -> None:
+        if event == "Network.requestWillBeSent":
+            self.requests.append(about["request"]["url"])
+        elif event == "Runtime.exceptionThrown":
+            self.errors.append(str(about["exceptionDetails"].get("exception", about["exceptionDetails"])))
+        elif event == "Runtime.consoleAPICalled" and about["type"] == "error":
+            self.errors.append(" ".join(str(a.get("value", a.get("description"))) for a in about["args"]))
+        elif event == "Log.entryAdded" and about["entry"]["level"] == "error":
+            self.errors.append(f"{about['entry']['text']} {about['entry'].get('url', '')}")
 
     def js(self, expression: str) -> Any:
         """The value of an expression in the page."""
@@ -66,14 +87,14 @@ class Tab:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
-    def open(self, url: str) -> None:
-        """Go to an address and wait until the app has drawn it."""
+    def open(self, url: str, ready: str = READY) -> None:
+        """Go to an address and wait until the app (or whatever `ready` says) has been drawn."""
         self.call("Page.navigate", url=url)
-        self.wait(READY)
+        self.wait(ready)
 
-    def wait(self, condition: str) -> None:
+    def wait(self, condition: str, patience: float = PATIENCE) -> None:
         """Wait until an expression has been true twice in a row; raises TimeoutError with the page's words."""
-        end, seen = time.monotonic() + PATIENCE, 0
+        end, seen = time.monotonic() + patience, 0
         while seen < 2:
             seen = seen + 1 if self.js(condition) else 0
             if time.monotonic() > end:
@@ -106,9 +127,14 @@ def tab() -> Iterator[Tab]:
     path = browser()
     if path is None:
         raise FileNotFoundError(f"no browser found; install one of {', '.join(BROWSERS)}")
-    flags = [f for f in FLAGS.split() if not f.startswith("--virtual-time-budget")]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        command = [path, *flags, "--remote-debugging-port=0", f"--user-data-dir={folder}/profile", "about:blank"]
+        command = [
+            path,
+            *FLAGS.split(),
+            "--remote-debugging-port=0",
+            f"--user-data-dir={folder}/profile",
+            "about:blank",
+        ]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             with connect(_page(Path(folder, "profile", "DevToolsActivePort")), max_size=None) as socket:
@@ -129,3 +155,27 @@ def _page(port_file: Path) -> str:
                 return pages[0]["webSocketDebuggerUrl"]
         time.sleep(0.1)
     raise TimeoutError("the browser opened no debugging port")
+
+
+def main() -> None:
+    """A picture of any page or file."""
+    parser = argparse.ArgumentParser(description="Picture of a page.")
+    parser.add_argument("page", help="a local file or a URL")
+    parser.add_argument("out", type=Path, help="where the PNG goes")
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--height", type=int, default=1600)
+    parser.add_argument("--dark", action="store_true")
+    args = parser.parse_args()
+    with tab() as page:
+        page.look(args.width, args.height, args.dark)
+        page.open(address(args.page), LOADED)
+        print(page.picture(args.out))
+
+
+def address(page: str | Path) -> str:
+    """The URL of a page or of a local file."""
+    return str(page) if "://" in str(page) else Path(page).resolve().as_uri()
+
+
+if __name__ == "__main__":
+    main()
