@@ -28,6 +28,9 @@ PAGES = {
     "reasoning": "Reasoning", "features": "Features", "compare": "Compare", "about": "About this run",
 }  # fmt: skip
 
+BASE_PATH = re.compile(r"404 .*/_stcore/(health|host-config)$")
+"""Streamlit's page finds out where the server's root is by asking under its own address first."""
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -116,7 +119,7 @@ def test_every_page_opens_without_an_exception_and_fits(
     assert (max(map(int, re.findall(r"\d+", ground)[:3])) < 128) == dark
     main = """document.querySelector('[data-testid="stMain"]')"""
     assert tab.js(f"{main}.scrollWidth <= {main}.clientWidth + 1")
-    assert tab.errors == []
+    assert [e for e in tab.errors if not BASE_PATH.search(e)] == []
 
 
 def test_pages_ask_nothing_of_other_machines(tab: chromium.Tab, server: str) -> None:
