@@ -168,8 +168,8 @@ def confidence_vector(
     before any forward pass for an SAE or place that does not fit the model, and for fewer than two traces.
     """
     settings = settings or Settings()
-    check_place(model, sae, key)
     check_stream(model, key)
+    check_place(model, sae, key)
     items = place_steps(model, tokenizer, traces, "closing", split)
     names = [item.trace for item in items for _ in item.read]
     train, test = Vectors(torch.empty(len(names), 1), names, key).split(settings.held_out, settings.split_seed)
@@ -222,7 +222,7 @@ def slope(upper: UpperLayers, which: Tensor, vector: Tensor, chunk: int = 32) ->
     """Mean entropy at tokens `which` when vector [d_model] is added there, and its gradient [d_model]."""
     added = vector.detach().clone().requires_grad_()
     total, gradient = 0.0, torch.zeros_like(added)
-    for part in _by_length(upper, which, chunk):
+    for part in by_length(upper, which, chunk):
         h = entropy(upper.logits(part, upper.residual[part].float() + added)).sum()
         gradient += torch.autograd.grad(h, added)[0]
         total += float(h.detach())
@@ -242,7 +242,7 @@ def by_step(upper: UpperLayers, added: Sequence[Tensor | None], chunk: int = 32)
     A vector is [d_model], [N, d_model] (one for each token) or None for nothing.
     """
     h, kl = torch.zeros(2, len(added), len(upper))
-    for part in _by_length(upper, torch.arange(len(upper)), chunk):
+    for part in by_length(upper, torch.arange(len(upper)), chunk):
         x = upper.residual[part]
         clean = upper.logits(part, x).float().log_softmax(-1)
         for i, vector in enumerate(added):
@@ -268,7 +268,7 @@ def digest(sae: Coder) -> str:
     return hashlib.sha256(sae.W_dec.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def _by_length(upper: UpperLayers, which: Tensor, chunk: int) -> list[Tensor]:
+def by_length(upper: UpperLayers, which: Tensor, chunk: int) -> list[Tensor]:
     """Tokens in chunks of like position, so that short texts are not padded to long ones."""
     order = upper.position[which].cpu().argsort(stable=True)
     return list(which[order].split(chunk))
