@@ -16,6 +16,9 @@ from emocircuits.reasoning.steps import read_trace, split
 from emocircuits.reasoning.traces import Trace
 
 from .collect import collect
+from .confidence import Settings
+from .confidence_study import Plan as ConfidencePlan
+from .confidence_study import run_confidence
 from .features import Activity, encode_all, enrichment, top_steps
 from .recipe import Recipe
 from .steering import latent_steerer
@@ -91,6 +94,18 @@ def run_steer(args: argparse.Namespace) -> None:
     )
     maximum = made.provenance["maximum"]
     _say(f"latent {args.latent}, {args.dose:g} x its maximum of {maximum:.3g}: {made.save(args.output)}")
+
+
+def run_confidence_command(args: argparse.Namespace) -> None:
+    """`emocircuits sae confidence`"""
+    given = ("lr", "iterations", "batch", "held_out")
+    learned = Settings(**{name: getattr(args, name) for name in given}, draws=3)
+    plan = ConfidencePlan(learned, args.seeds, problems=args.problems, layer=args.layer, seed=args.seed)
+    traces = None if args.texts is None else read_texts(args.texts)
+    loaded = load(args.model)
+    with bars() as progress:
+        made = run_confidence(loaded, args.out, sae=args.sae, traces=traces, plan=plan, progress=progress)
+    _say(f"tables: {made}")
 
 
 def read_texts(path: Path) -> list[Trace]:

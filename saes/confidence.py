@@ -31,7 +31,7 @@ from emocircuits.reasoning.traces import Trace
 from .metrics import Coder
 from .splice import check_place
 from .tokens import Splitter, paragraphs, place_steps
-from .vectors import Vectors
+from .vectors import Scaling, Vectors
 
 KIND = "confidence"
 
@@ -40,9 +40,11 @@ KIND = "confidence"
 class Settings:
     """How the offset is learned: Adam with a cosine schedule, `batch` steps an iteration; defaults are the paper's.
 
-    chunk: so many of them go through the model at once (the gradient is the same). start: standard deviation of the
-    first offset. held_out: share of the traces that is only measured on, drawn by `split_seed`. draws: random offsets
-    of the same norm to compare with. seed: of the first offset and the order of the steps.
+    lr and start (standard deviation of the first offset) are in the units that SAEs are trained in, where step vectors
+    are centred and of mean norm sqrt(d); the paper names none. chunk: so many steps go through the model at once; it
+    changes no result. held_out: share of the traces that is only measured on, drawn by `split_seed`. draws: random
+    offsets of the same norm to compare with. top: latents that are kept for the "top" arm. seed: of the first offset
+    and the order of the steps.
     """
 
     lr: float = 0.01
@@ -52,11 +54,12 @@ class Settings:
     start: float = 0.01
     held_out: float = 0.2
     draws: int = 5
+    top: int = 10
     seed: int = 0
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch", "chunk", "draws"):
+        for name in ("iterations", "batch", "chunk", "draws", "top"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.lr > 0 or not self.start >= 0:
@@ -86,7 +89,8 @@ class Confidence:
 
     norm: mean residual norm at step ends, the unit of doses. dense [d_model]: mean of the low-entropy steps less that
     of the high-entropy ones, the direction that needs no SAE. history: mean entropy of each iteration's batch. effects:
-    {"train", "held_out"}: {"none", "offset", "mirrored", "random", "dense"}, all but none of the offset's norm.
+    {"train", "held_out"}: {"none", "offset", "mirrored", "top", "random", "dense"}, all but none of the offset's norm;
+    top: of its largest latents alone.
     cosines: with the mean step vector and with `dense`. held_out: names of the traces that nothing was learned from.
     """
 
@@ -175,14 +179,19 @@ def confidence_vector(
     train, test = Vectors(torch.empty(len(names), 1), names, key).split(settings.held_out, settings.split_seed)
     upper = UpperLayers.read(model, key, [i.ids for i in items], [[a for a, _ in i.read] for i in items])
     rows = sae.W_dec.detach().float().to(upper.residual.device)
-    offset, history = learn(upper, torch.from_numpy(train), rows, settings, progress)
-    vector, x = offset @ rows, upper.residual.float()
+    x = upper.residual.float()
+    size = 1 / Scaling.of(x[train]).factor
+    offset, history = learn(upper, torch.from_numpy(train), size * rows, settings, progress)
+    offset *= size
+    vector = offset @ rows
     (clean,), _ = by_step(upper, [None], settings.chunk)
     dense = _dense(x, clean, train)
+    kept = (offset.abs() * rows.norm(dim=1)).topk(min(settings.top, len(rows))).indices
+    arms = _arms(vector, offset[kept] @ rows[kept], dense, settings)
     cosines = {"mean step vector": x[train].mean(0), "low less high entropy": dense}
     return Confidence(
         key, offset.cpu(), vector.cpu(), dense.cpu(), float(x[train].norm(dim=1).mean()),
-        _effects(upper, vector, dense, clean, {"train": train, "held_out": test}, names, settings),
+        _effects(upper, arms, clean, {"train": train, "held_out": test}, names, settings),
         {name: float(cosine_similarity(vector, other, dim=0)) for name, other in cosines.items()}, settings,
         tuple(dict.fromkeys(names[i] for i in test)), tuple(history), digest(sae), fingerprint(unwrap(model)),
     )  # fmt: skip
@@ -283,15 +292,22 @@ def _dense(x: Tensor, clean: Tensor, train: np.ndarray) -> Tensor:
     return rows[low.to(x.device)].mean(0) - rows[~low.to(x.device)].mean(0)
 
 
-def _effects(
-    upper: UpperLayers, vector: Tensor, dense: Tensor, clean: Tensor, parts: Mapping[str, np.ndarray],
-    names: Sequence[str], settings: Settings,
-) -> dict[str, dict[str, Effect]]:  # fmt: skip
-    """The vector and controls of its norm on each part's steps; controls of several draws are averaged at each step."""
+def _arms(vector: Tensor, top: Tensor, dense: Tensor, settings: Settings) -> dict[str, list[Tensor | None]]:
+    """What is added at step ends: the vector, and others at its norm."""
     noise = torch.randn(settings.draws, len(vector), generator=torch.Generator().manual_seed(settings.seed)).to(vector)
     size = vector.norm()
-    arms = {"none": [None], "offset": [vector], "mirrored": [-vector]}
-    arms |= {"random": list(size * normalize(noise, dim=-1)), "dense": [size * normalize(dense, dim=0)]}
+    others = {"top": top[None], "random": noise, "dense": dense[None]}
+    return {
+        "none": [None], "offset": [vector], "mirrored": [-vector],
+        **{name: list(size * normalize(rows, dim=-1)) for name, rows in others.items()},
+    }  # fmt: skip
+
+
+def _effects(
+    upper: UpperLayers, arms: Mapping[str, Sequence[Tensor | None]], clean: Tensor, parts: Mapping[str, np.ndarray],
+    names: Sequence[str], settings: Settings,
+) -> dict[str, dict[str, Effect]]:  # fmt: skip
+    """Every arm on each part's steps; controls of several draws are averaged at each step."""
     h, kl = by_step(upper, [a for group in arms.values() for a in group], settings.chunk)
     sizes = [len(group) for group in arms.values()]
     means = {name: (a.mean(0), b.mean(0)) for name, a, b in zip(arms, h.split(sizes), kl.split(sizes))}
