@@ -161,29 +161,33 @@ class TestVector:
 
 
 def planted():
-    """A Llama whose upper layers do nothing and whose head says token 7 the more, the more of dimension 0 there is."""
+    """A Llama whose upper layers do nothing and whose head says token 7 the more, the more of dimension 0 there is.
+
+    Its last norm only divides by a constant, so that nothing else matters.
+    """
     model = step_model.model()
     with torch.no_grad():
         for block in model.model.layers[1:]:
             block.self_attn.o_proj.weight.zero_()
             block.mlp.down_proj.weight.zero_()
-        model.model.norm.weight.fill_(1.0)
+        model.model.norm.weight.fill_(1e6)
+        model.model.norm.variance_epsilon = 1e12
         model.lm_head.weight.zero_()
-        model.lm_head.weight[7, 0] = 6.0
+        model.lm_head.weight[7, 0] = 4.0
     return model
 
 
 def test_finds_the_one_direction_that_matters():
     lm = planted(), step_model.tokenizer()
     sae = LinearCoder(torch.zeros(16), torch.eye(16), lambda codes: codes)
-    found = confidence_vector(*lm, TEXTS, sae, KEY, replace(QUICK, iterations=80))
-    _, upper = read(lm)
-    downhill = -slope(upper, torch.arange(len(upper)), torch.zeros(16))[1]
-    assert float(normalize(downhill, dim=0)[0]) > 0.9
-    ((latent, offset, _),) = found.top(sae, 1)
+    found = confidence_vector(*lm, TEXTS, sae, KEY, replace(QUICK, start=0.0))
+    ((latent, offset, share),) = found.top(sae, 1)
     assert (latent, offset > 0) == (0, True)
-    assert torch.equal(found.direction(sae, 1), torch.eye(16)[0])
-    assert found.effects["held_out"]["mirrored"].entropy > found.effects["held_out"]["offset"].entropy + 0.5
+    assert share > 0.99
+    assert float(found.direction(sae)[0]) > 0.999
+    held = found.effects["held_out"]
+    assert held["offset"].entropy < held["none"].entropy < held["mirrored"].entropy
+    assert held["top"].entropy == pytest.approx(held["offset"].entropy, rel=1e-3)
 
 
 class TestSteering:
