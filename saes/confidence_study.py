@@ -6,6 +6,7 @@ hand-written reasoning, with the ends of its steps pushed. Doses are in residual
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -95,6 +96,7 @@ def run_confidence(
         "plan": asdict(plan),
         "sae": {"site": trained.key[0], "layer": trained.key[1], **{n: trained.quality[n] for n in QUALITY}},
         "vector": _described(found, trained.sae, plan),
+        "said": run.json_stage("said", lambda: _said(loaded, found[0], steps)),
         "answers": run.json_stage("answers", lambda: _answers(loaded, found[0], trained, steps, plan, progress)),
     }
 
@@ -147,6 +149,31 @@ def _described(found: Sequence[Confidence], sae: Any, plan: Plan) -> dict[str, A
         "top": [{"latent": i, "offset": s, "share": share} for i, s, share in first.top(sae, plan.learned.top)],
         "top_cosine": float(top @ whole),
     }  # fmt: skip
+
+
+@torch.no_grad()
+def _said(loaded: Loaded, found: Confidence, traces: Sequence[Trace]) -> dict[str, Any]:
+    """The likeliest next tokens at held-out step ends, and how many stay the same: sure of what?"""
+    items = [i for i in place_steps(loaded.model, loaded.tokenizer, traces, "closing") if i.trace in found.held_out]
+    upper = UpperLayers.read(loaded.model, found.key, [i.ids for i in items], [[a for a, _ in i.read] for i in items])
+    dense = found.vector.norm() * normalize(found.dense, dim=0)
+    arms = {"none": 0 * dense, "offset": found.vector, "mirrored": -found.vector, "dense": dense}
+    parts = torch.arange(len(upper)).split(32)
+    top = {
+        name: torch.cat([upper.logits(i, upper.residual[i].float() + v).argmax(-1).cpu() for i in parts])
+        for name, v in ((name, v.to(upper.residual.device)) for name, v in arms.items())
+    }
+    return {
+        name: {
+            "unchanged": float((tokens == top["none"]).double().mean()),
+            "distinct": len(set(tokens.tolist())),
+            "common": [
+                {"token": loaded.tokenizer.decode([token]), "share": n / len(upper)}
+                for token, n in Counter(tokens.tolist()).most_common(3)
+            ],
+        }
+        for name, tokens in top.items()
+    }
 
 
 # ---------------------------------------------------------------- answers

@@ -62,6 +62,12 @@ def confidence_markdown(report: Row, model: str) -> str:
                  _n(e["kl"]), str(e["n"])] for name, e in vector["effects"][part].items()]  # fmt: skip
         said.append(f"Entropy of the next token at the step ends of {title}, in nats:")
         said.append(markdown_table(["added", "entropy", "change", "KL to unsteered", "steps"], rows))
+    rows = [
+        [name, _n(e["unchanged"], ".0%"), str(e["distinct"]),
+         ", ".join(f"{c['token']!r} {c['share']:.0%}" for c in e["common"])] for name, e in report["said"].items()
+    ]  # fmt: skip
+    said.append("Likeliest next token at the step ends that nothing was learned from:")
+    said.append(markdown_table(["added", "as unsteered", "distinct", "most common"], rows))
     cosines = {**vector["cosines"], f"its {learned['top']} top latents alone": vector["top_cosine"]}
     told = [f"{name} {_n(c, '+.2f')}" for name, c in cosines.items()]
     seeds = ", ".join(_n(c, "+.2f") for c in vector["seeds"]) or "n/a"

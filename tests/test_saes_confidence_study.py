@@ -76,6 +76,8 @@ def test_the_study_runs_and_reads_what_it_finished(demo, tmp_path: Path) -> None
     effects = report["vector"]["effects"]["train"]
     assert effects["offset"]["entropy"] < effects["none"]["entropy"] < effects["mirrored"]["entropy"]
     assert len(report["vector"]["seeds"]) == 1
+    assert report["said"]["none"]["unchanged"] == 1
+    assert set(report["said"]) == {"none", "offset", "mirrored", "dense"}
     cells = report["answers"]["cells"]
     assert cells[0]["method"] == "none"
     assert {c["method"] for c in cells} >= {"vector", "top latents", "random", "mixture"}
