@@ -96,6 +96,6 @@ def test_the_study_runs_and_reads_what_it_finished(demo, tmp_path: Path) -> None
             whole = answers.scores(demo.model, torch.tensor([one.ids]))[0]
         torch.testing.assert_close(own, whole, rtol=1e-3, atol=1e-3)
 
-    stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
+    stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*.*")}
     run_confidence(demo, tmp_path / "run", traces=study.reasoning_traces()[:4], plan=plan)
-    assert stamps == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()}
+    assert stamps == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*.*")}
