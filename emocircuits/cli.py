@@ -218,6 +218,23 @@ def _sae_parser(verbs: argparse._SubParsersAction) -> None:
     push.add_argument("--model", default="demo")
     push.add_argument("--latent", type=int, required=True)
     push.add_argument("--dose", type=float, default=0.5, help="in units of the latent's maximum activation")
+    sure = _verb(
+        actions, "confidence", "an offset that makes the model surer at step ends, and what it does to answers",
+        "emocircuits sae confidence --sae runs/saes/resid_post.12 --out runs/confidence",
+    )  # fmt: skip
+    _run_arguments(sure, "runs/confidence", "an interrupted run resumes")
+    sure.add_argument(
+        "--sae", type=Path, help="folder of one layer's SAE (default: a small one of our texts is trained)"
+    )
+    sure.add_argument("--layer", type=int, default=12, help="of the SAE that is trained where none is given")
+    sure.add_argument("--texts", type=Path, help="JSONL to learn from (default: our emotional problems, solved)")
+    sure.add_argument("--iterations", type=int, default=100, help="1000 in the paper")
+    sure.add_argument("--batch", type=int, default=32, help="step ends of an iteration; 256 in the paper")
+    sure.add_argument("--lr", type=float, default=0.01)
+    sure.add_argument("--held-out", type=float, default=0.5, help="share of the traces that is only measured on")
+    sure.add_argument("--seeds", type=int, default=2, help="vectors learned; the first one steers")
+    sure.add_argument("--problems", type=int, help="at most so many for the answers (default: all not learned from)")
+    sure.set_defaults(run=commands.run_sae, call="run_confidence_command")
     for verb, call in ((read, "run_features"), (push, "run_steer")):
         verb.add_argument("--sae", type=Path, required=True, help="folder of one layer's SAE")
         verb.add_argument("--store", type=Path, required=True, help="its activations")

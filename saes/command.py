@@ -17,6 +17,9 @@ from emocircuits.reasoning.steps import read_trace, split
 from emocircuits.reasoning.traces import Trace
 
 from .collect import collect
+from .confidence import Settings
+from .confidence_study import Plan as ConfidencePlan
+from .confidence_study import run_confidence
 from .features import Activity, encode_all, enrichment, top_steps
 from .interop import load_sae, stated_place
 from .pages import latent_pages
@@ -119,6 +122,18 @@ def run_pages(args: argparse.Namespace) -> None:
         _say(f"to look at: {html_page(pages, args.output / 'latents.html', f'Latents of {args.sae.name}')}")
     else:
         _say(f"one page shows at most {MOST_SHOWN} latents; choose some with --latents to get it")
+
+
+def run_confidence_command(args: argparse.Namespace) -> None:
+    """`emocircuits sae confidence`"""
+    given = ("lr", "iterations", "batch", "held_out")
+    learned = Settings(**{name: getattr(args, name) for name in given}, draws=3)
+    plan = ConfidencePlan(learned, args.seeds, problems=args.problems, layer=args.layer, seed=args.seed)
+    traces = None if args.texts is None else read_texts(args.texts)
+    loaded = load(args.model)
+    with bars() as progress:
+        made = run_confidence(loaded, args.out, sae=args.sae, traces=traces, plan=plan, progress=progress)
+    _say(f"tables: {made}")
 
 
 def read_texts(path: Path) -> list[Trace]:

@@ -5,6 +5,7 @@ Every steerer made here is an `emocircuits` Steerer: it composes, takes schedule
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -99,17 +100,46 @@ def component_steerer(
     """h + (scale - 1) w (w^T h), w = direction [d_model] / its norm: 0 removes the component, 1 keeps it, 2 doubles it.
 
     RISE (arXiv 2512.23988) does so at the tokens that end steps: give `control=step_ends(tokenizer)`. Raises InputError
-    for a direction that is zero, not finite, or of another size.
+    as `unit` does.
+    """
+    w = unit(model, key, direction)
+    return _steerer(model, key, w, 1 - scale, name, {"scale": scale}, positions, control, "remove")
+
+
+def direction_steerer(
+    model: Any,
+    key: Key,
+    direction: Tensor,
+    norm: float,
+    *,
+    dose: float = 0.1,
+    control: Control | None = None,
+    positions: str = "generated",
+    name: str = "direction",
+) -> Steerer:
+    """Adds dose x norm x w, w = direction [d_model] / its norm; norm: mean residual norm at `key`, the unit of doses.
+
+    Raises InputError for a norm that is not positive, and for directions as `component_steerer` does.
+    """
+    if not 0 < norm < math.inf:
+        raise InputError(f"doses are in residual norms, so the norm must be a positive number, not {norm}")
+    vector = norm * unit(model, key, direction)
+    return _steerer(model, key, vector, dose, name, {"unit": "residual norm", "norm": norm}, positions, control)
+
+
+def unit(model: Any, key: Key, directions: Tensor) -> Tensor:
+    """Directions [d_model] or [k, d_model] of the residual stream as float32 unit vectors on the CPU.
+
+    Raises InputError for one that is zero, not finite, or of another size, and for a key that names heads.
     """
     width = resolve(model).d_model
-    if direction.shape != (width,) or not torch.isfinite(direction).all() or not direction.any():
+    if directions.shape[-1:] != (width,) or not torch.isfinite(directions).all() or not directions.any(-1).all():
         raise InputError(
-            f"a direction must be {width} finite numbers, not all zero; this one is {list(direction.shape)}"
+            f"a direction must be {width} finite numbers, not all zero; this one is {list(directions.shape)}"
         )
     if key[0] in HEAD_SITES:
-        raise InputError(f"components are scaled in the residual stream, not at {key[0]!r}")
-    w = normalize(direction.detach().float().cpu(), dim=0)
-    return _steerer(model, key, w, 1 - scale, name, {"scale": scale}, positions, control, "remove")
+        raise InputError(f"directions are of the residual stream, not of {key[0]!r}")
+    return normalize(directions.detach().float().cpu(), dim=-1)
 
 
 def _maximum(activity: Activity, latent: int) -> float:

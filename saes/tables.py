@@ -48,6 +48,58 @@ def markdown(report: Row, model: str) -> str:
     return "\n\n".join(said) + "\n"
 
 
+def confidence_markdown(report: Row, model: str) -> str:
+    """What confidence.json holds, for reading: entropy beside controls, the vector, and what answers become."""
+    sae, vector, learned = report["sae"], report["vector"], report["plan"]["learned"]
+    said = [
+        f"# A confidence vector of {model}",
+        f"{sae['site']} {sae['layer']}, an SAE with explained variance {_n(sae['explained_variance'])} and L0"
+        f" {_n(sae['l0'], '.1f')}; {learned['iterations']} iterations of {learned['batch']} step ends, Adam lr"
+        f" {learned['lr']:g}. The offset is {_n(vector['length'])} residual norms long. Sure is not right.",
+    ]
+    for part, title in (("held_out", "traces that nothing was learned from"), ("train", "training traces")):
+        rows = [[name, _n(e["entropy"]), f"{_n(e['change'], '+.2f')} [{_n(e['low'], '+.2f')}, {_n(e['high'], '+.2f')}]",
+                 _n(e["kl"]), str(e["n"])] for name, e in vector["effects"][part].items()]  # fmt: skip
+        said.append(f"Entropy of the next token at the step ends of {title}, in nats:")
+        said.append(markdown_table(["added", "entropy", "change", "KL to unsteered", "steps"], rows))
+    rows = [
+        [name, _n(e["unchanged"], ".0%"), str(e["distinct"]),
+         ", ".join(f"{c['token']!r} {c['share']:.0%}" for c in e["common"])] for name, e in report["said"].items()
+    ]  # fmt: skip
+    said.append("Likeliest next token at the step ends that nothing was learned from:")
+    said.append(markdown_table(["added", "as unsteered", "distinct", "most common"], rows))
+    cosines = {**vector["cosines"], f"its {learned['top']} top latents alone": vector["top_cosine"]}
+    told = [f"{name} {_n(c, '+.2f')}" for name, c in cosines.items()]
+    seeds = ", ".join(_n(c, "+.2f") for c in vector["seeds"]) or "n/a"
+    shares = ", ".join(f"{t['latent']} ({'+' if t['offset'] > 0 else '-'}, {t['share']:.1%})" for t in vector["top"])
+    said += [f"Cosines: {'; '.join(told)}; other seeds {seeds}.", f"Top latents, sign and share: {shares}."]
+    return "\n\n".join([*said, *_answered(report["answers"])]) + "\n"
+
+
+def _answered(answers: Row) -> list[str]:
+    heads = ["method", "dose", "accuracy", "probability of the right answer", "entropy of the answer"]
+    rows = [
+        [c["method"], "fitted" if c["dose"] is None else f"{c['dose']:+g}", _interval(c["accuracy"], ".0%"),
+         _interval(c["right"], ".0%"), _interval(c["entropy"], ".2f")]
+        for c in answers["cells"]
+    ]  # fmt: skip
+    named = [
+        f"{t['method']} {t['dose']:+g} against {t['rival']} ({_n(t['estimate'], '+.0%')}, p = {_n(t['p'], '.2g')})"
+        for t in answers["tests"]
+        if t["p"] <= 0.05
+    ]
+    return [
+        f"Answers to {answers['n']} problems that nothing was learned from, steered at the ends of reasoning steps"
+        " along the whole vector and its top latents; doses in residual norms, 95 % intervals over themes:",
+        markdown_table(heads, rows),
+        f"Accuracy beyond chance (paired, Holm over {len(answers['tests'])}): {'; '.join(named) or 'none'}.",
+    ]
+
+
+def _interval(found: Row, form: str) -> str:
+    return f"{_n(found['estimate'], form)} [{_n(found['low'], form)}, {_n(found['high'], form)}]"
+
+
 def _steering(steering: Mapping[str, Row]) -> str:
     rows = []
     for emotion, found in steering.items():
@@ -65,8 +117,7 @@ def _steering(steering: Mapping[str, Row]) -> str:
 
 
 def _rate(found: Row) -> str:
-    c = found["coherent"]
-    return f"{_n(c['estimate'], '.0%')} [{_n(c['low'], '.0%')}, {_n(c['high'], '.0%')}]"
+    return _interval(found["coherent"], ".0%")
 
 
 def _n(value: Any, form: str = ".2f") -> str:
