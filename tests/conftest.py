@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from chat_server import chat_server
 from hypothesis import settings
 
 from emocircuits.errors import MissingPackageError
@@ -29,3 +31,10 @@ def demo() -> Any:
         return models.load("demo")
     except MissingPackageError as error:
         pytest.skip(f"the demo model is not installed: {error}")
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Any]:
+    """A local chat endpoint: set its `answer`; see `chat_server`."""
+    with chat_server() as server:
+        yield server
