@@ -43,10 +43,8 @@ def within_effect(y: ArrayLike, x: ArrayLike, problems: Sequence[Hashable], conf
     interval too narrow. Raises InputError for shapes that do not fit.
     """
     target, regressors = np.asarray(y, dtype=np.float64), np.asarray(x, dtype=np.float64)
-    if target.ndim != 1 or regressors.ndim != 2 or not len(target) == len(regressors) == len(problems):
-        raise InputError(
-            f"y {target.shape}, x {regressors.shape} and {len(problems)} problems do not fit: one row each"
-        )
+    if target.ndim != 1 or regressors.ndim != 2 or len(target) != len(regressors):
+        raise InputError(f"y {target.shape} and x {regressors.shape} must be [n] and [n, k]")
     codes, g = cluster_codes(problems, len(target))
     n, k = regressors.shape
     inner, outcome = _centred(regressors, codes, g), _centred(target[:, None], codes, g)[:, 0]
