@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -42,14 +43,15 @@ def find_cues(
     values: Sequence[Floats],
     tokenizer: Any,
     *,
-    n: int = 3,
+    n: int = 20,
     longest: int = 3,
     top: int = 50,
 ) -> tuple[Cue, ...]:
-    """The n-grams that best tell a latent's strongest tokens from all others, by count x log lift.
+    """At most n n-grams of a latent's strongest tokens: half of them tell these tokens best from all others (count x
+    log lift), the others are those where it fires most on average.
 
     values: the latent's activation at each row of each item; its strongest tokens are the `top` first. An n-gram that
-    ends fewer than two of them is no cue, nor one that shares a token with a better one.
+    ends fewer than two of them is no cue.
     """
     flat = np.concatenate([*values, np.zeros(0)])
     strong = int(min(top, (flat > 0).sum()))
@@ -58,18 +60,18 @@ def find_cues(
     least = np.sort(flat)[-strong]
     inside: Counter[Ngram] = Counter()
     everywhere: Counter[Ngram] = Counter()
+    total: Counter[Ngram] = Counter()
     for item, own in zip(items, values):
         for row, ngram in _ngrams(item, longest):
             everywhere[ngram] += 1
             inside[ngram] += bool(own[row] >= least)
+            total[ngram] += own[row]
     share = (flat >= least).mean()
     lift = {g: c / everywhere[g] / share for g, c in inside.items() if c > 1}
-    ranked = sorted(lift, key=lambda g: (-inside[g] * math.log(lift[g]), g))
-    chosen: list[Ngram] = []
-    for ngram in ranked:
-        if lift[ngram] > 1 and len(chosen) < n and not any(set(ngram) & set(other) for other in chosen):
-            chosen.append(ngram)
-    return tuple(Cue(g, tokenizer.decode(list(g)), inside[g], lift[g]) for g in chosen)
+    told = sorted((g for g in lift if lift[g] > 1), key=lambda g: (-inside[g] * math.log(lift[g]), g))
+    driven = sorted(lift, key=lambda g: (-total[g] / everywhere[g], g))
+    both = dict.fromkeys(g for pair in zip_longest(told, driven) for g in pair if g is not None)
+    return tuple(Cue(g, tokenizer.decode(list(g)), inside[g], lift[g]) for g in list(both)[:n])
 
 
 def inject(item: StepTokens, places: Sequence[int], ngrams: Sequence[Ngram]) -> StepTokens:

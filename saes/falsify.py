@@ -1,9 +1,10 @@
 """Is a latent about what its steps mean, or about a few tokens in them? Injection and removal of its own tokens.
 
-Many "reasoning" latents answer to surface cues (arXiv 2601.05679). The n-grams that are commonest where a latent fires
-most are put into neutral texts: a latent that fires there as it does at its own steps is a detector of those tokens.
-The same n-grams are then taken out of the latent's own steps. Random n-grams of the same lengths at the same places are
-the control of both. Cues are found on some traces and tested on others.
+Many "reasoning" latents answer to surface cues (arXiv 2601.05679). N-grams from where a latent fires most are tried in
+texts where it is silent, and those that drive it most are put into neutral texts: a latent that fires there as it does
+at its own steps is a detector of those tokens. The same n-grams are then taken out of the latent's own steps. Random
+n-grams of the same lengths at the same places are the control of both. Cues are chosen on some traces and tested on
+others.
 """
 
 from __future__ import annotations
@@ -30,16 +31,20 @@ from .tokens import StepTokens, place_steps, read_steps
 from .vectors import is_sink
 
 Floats = NDArray[np.float64]
-SURFACE, CONTEXT, UNDECIDED, NO_CUE, SILENT = "surface cue", "needs context", "undecided", "no cue", "silent"
+SURFACE, CONTEXT, ANYWHERE = "surface cue", "needs context", "fires anywhere"
+UNDECIDED, NO_CUE, SILENT = "undecided", "no cue", "silent"
 ENOUGH = 0.5  # of the activation at a latent's own steps: what its tokens alone must reach to explain it
 
 
 @dataclass(frozen=True)
 class Settings:
-    """n-grams per latent (`cues`) of at most `longest` tokens, found at its `top` strongest tokens; its `steps`
-    strongest steps are its own; `draws` random n-grams stand beside each cue."""
+    """n-grams per latent (`cues`) of at most `longest` tokens, the best of `candidates` from its `top` strongest tokens
+    when tried in `trials` texts; its `steps` strongest steps are its own; `draws` random n-grams stand beside each cue.
+    """
 
     cues: int = 3
+    candidates: int = 20
+    trials: int = 6
     longest: int = 3
     top: int = 50
     steps: int = 20
@@ -91,7 +96,8 @@ def falsify(
 
     clusters: of the neutral texts, one each (default: its id). A latent is a "surface cue" when injected tokens reach
     at least half of its genuine activation (lower bound) and more than random ones (p <= 0.05), and "needs context"
-    when they reach less than half (upper bound). Raises InputError before any pass for latents that do not exist, and
+    when they reach less than half (upper bound); one that reaches half in untouched neutral texts "fires anywhere".
+    Raises InputError before any pass for latents that do not exist, and
     as `check_place` and `place_steps` do.
     """
     settings = settings or Settings()
@@ -110,14 +116,11 @@ def falsify(
     found = []
     for column, latent in enumerate(latents):
         rng = np.random.default_rng([settings.seed, latent])
+        values = [a[:, column] for a in before]
         cues = find_cues(
-            placed[0],
-            [a[:, column] for a in before],
-            tokenizer,
-            n=settings.cues,
-            longest=settings.longest,
-            top=settings.top,
+            placed[0], values, tokenizer, n=settings.candidates, longest=settings.longest, top=settings.top
         )
+        cues = _Test(reader, column, latent, cues, placed[0], rng).screened([_peak(v) for v in values])
         steps = _strongest(placed[1], [a[:, column] for a in own], settings.steps)
         test = _Test(reader, column, latent, cues, placed[0], rng)
         found.append(test.run(placed[2], [_peak(a[:, column]) for a in quiet], names, placed[1], steps))
@@ -130,6 +133,8 @@ def _verdict(f: Falsified, p: float) -> str:
         return SILENT
     if not f.cues:
         return NO_CUE
+    if f.untouched.low >= ENOUGH:
+        return ANYWHERE
     if f.injected.low >= ENOUGH and p <= 0.05 and f.over_random.difference.estimate > 0:
         return SURFACE
     return CONTEXT if f.injected.high < ENOUGH else UNDECIDED
@@ -207,7 +212,7 @@ class _Test:
     ) -> Falsified:  # fmt: skip
         genuine = float(np.mean([s.peak for s in steps])) if steps else 0.0
         if not steps or not self.cues:
-            reason = "it fires at no step" if not steps else "no n-gram recurs at its strongest tokens"
+            reason = "it fires at no step" if not steps else "no n-gram of its strongest tokens makes it fire elsewhere"
             none = Interval(math.nan, math.nan, math.nan, 0, 0, reason=reason)
             return Falsified(self.latent, self.cues, genuine, none, none, none, PairedTest(none, math.nan, 0, reason),
                              none, none)  # fmt: skip
@@ -219,6 +224,26 @@ class _Test:
         return Falsified(
             self.latent, self.cues, genuine, untouched, own, other, test, *self._removed(items, steps, seed)
         )
+
+    def screened(self, peaks: Sequence[float]) -> tuple[Cue, ...]:
+        """The cues that make the latent fire most, each alone in texts of the pool where it fires least.
+
+        peaks: its largest activation in each text of the pool. No two of them share a token.
+        """
+        if not self.cues:
+            return ()
+        settings = self.reader.settings
+        quiet = np.argsort(np.array(peaks), kind="stable")
+        quiet = quiet[: max(settings.trials, int((np.array(peaks) == 0).sum()))]
+        texts = [self.pool[i] for i in self.rng.permutation(quiet)[: settings.trials]]
+        made = [inject(item, self._places(item, 1), [cue.ids]) for cue in self.cues for item in texts]
+        reached = np.array(self._peaks(made)).reshape(len(self.cues), -1)
+        chosen: list[Cue] = []
+        for i in np.argsort(-reached.mean(1), kind="stable"):
+            fresh = not any(set(self.cues[i].ids) & set(other.ids) for other in chosen)
+            if fresh and len(chosen) < settings.cues and reached[i].any():
+                chosen.append(self.cues[i])
+        return tuple(chosen)
 
     def _injected(self, texts: Sequence[StepTokens]) -> tuple[list[float], list[float]]:
         """Per text, the largest activation with the cues in it, and the mean of it over draws of random n-grams."""

@@ -77,7 +77,7 @@ def injection(report: Row) -> str:
              "p (Holm)", "own steps less random tokens", "less its tokens", "verdict"]  # fmt: skip
     return "\n\n".join([
         f"# Are the emotion latents of {report['model']} about a few tokens?",
-        f"{report['site']} {report['layer']}. The n-grams that best tell a latent's strongest tokens, put into"
+        f"{report['site']} {report['layer']}. The n-grams of a latent's strongest tokens that drive it most, put into"
         f" {report['neutral_texts']} neutral replies of held-out themes: largest activation there over that at the"
         " latent's own strongest steps (held-out themes, too), with random n-grams of the same lengths at the same"
         " places beside it. Then taken out of those steps of its own that hold one: what is left of the activation."

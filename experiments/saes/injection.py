@@ -26,7 +26,7 @@ from saes.train import Trained
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/sae"))
     parser.add_argument("--report", type=Path, help="which latents to test (default: the run's sae.json)")
     parser.add_argument("--out", type=Path, default=Path("experiments/results/saes"))
