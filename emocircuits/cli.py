@@ -218,10 +218,21 @@ def _sae_parser(verbs: argparse._SubParsersAction) -> None:
     push.add_argument("--model", default="demo")
     push.add_argument("--latent", type=int, required=True)
     push.add_argument("--dose", type=float, default=0.5, help="in units of the latent's maximum activation")
-    for verb, call in ((read, "run_features"), (push, "run_steer")):
+    name = _verb(
+        actions, "name", "names for latents from a chat model, and how well they tell where a latent fires",
+        "emocircuits sae name --sae runs/saes/resid_post.12 --store runs/steps --server http://localhost:8000/v1"
+        " --judge-model NAME -o names.json",
+    )  # fmt: skip
+    name.add_argument("--server", required=True, help="address of an OpenAI-compatible server")
+    name.add_argument("--judge-model", required=True, help="what the server calls its model")
+    name.add_argument("--api-key-env", help="environment variable with the server's key (default: EMOCIRCUITS_API_KEY)")
+    name.add_argument("--latents", help="such as 17,31 (default: the first --top of each label)")
+    name.add_argument("--top", type=int, default=5)
+    name.add_argument("--seed", type=int, default=0)
+    for verb, call in ((read, "run_features"), (push, "run_steer"), (name, "run_name")):
         verb.add_argument("--sae", type=Path, required=True, help="folder of one layer's SAE")
         verb.add_argument("--store", type=Path, required=True, help="its activations")
-        verb.add_argument("--output", type=Path, required=True)
+        verb.add_argument("-o", "--output", type=Path, required=True)
         verb.set_defaults(run=commands.run_sae, call=call)
 
 

@@ -66,7 +66,7 @@ def find_cues(
             everywhere[ngram] += 1
             inside[ngram] += bool(own[row] >= least)
             total[ngram] += own[row]
-    share = (flat >= least).mean()
+    share = float((flat >= least).mean())
     lift = {g: c / everywhere[g] / share for g, c in inside.items() if c > 1}
     told = sorted((g for g in lift if lift[g] > 1), key=lambda g: (-inside[g] * math.log(lift[g]), g))
     driven = sorted(lift, key=lambda g: (-total[g] / everywhere[g], g))

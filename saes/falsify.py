@@ -212,7 +212,7 @@ class _Test:
     ) -> Falsified:  # fmt: skip
         genuine = float(np.mean([s.peak for s in steps])) if steps else 0.0
         if not steps or not self.cues:
-            reason = "it fires at no step" if not steps else "no n-gram of its strongest tokens makes it fire elsewhere"
+            reason = "it fires at no step" if not steps else "no n-gram recurs at its strongest tokens"
             none = Interval(math.nan, math.nan, math.nan, 0, 0, reason=reason)
             return Falsified(self.latent, self.cues, genuine, none, none, none, PairedTest(none, math.nan, 0, reason),
                              none, none)  # fmt: skip
@@ -241,7 +241,7 @@ class _Test:
         chosen: list[Cue] = []
         for i in np.argsort(-reached.mean(1), kind="stable"):
             fresh = not any(set(self.cues[i].ids) & set(other.ids) for other in chosen)
-            if fresh and len(chosen) < settings.cues and reached[i].any():
+            if fresh and len(chosen) < settings.cues:
                 chosen.append(self.cues[i])
         return tuple(chosen)
 

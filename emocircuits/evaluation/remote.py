@@ -40,6 +40,10 @@ class Chat:
         self._server = Server(who, base_url, **{"timeout_s": 300.0, **options})
         self._body = {"model": model, "temperature": 0, **({} if max_tokens is None else {"max_tokens": max_tokens})}
 
+    def check(self) -> None:
+        """Raise InputError where nothing answers, or not with this key."""
+        self._server.check()
+
     def ask(self, prompt: str) -> str:
         """The answer to a message; raises InputError as `posting.Server` does."""
         body = {**self._body, "messages": [{"role": "user", "content": prompt}]}
