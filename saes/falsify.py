@@ -2,9 +2,9 @@
 
 Many "reasoning" latents answer to surface cues (arXiv 2601.05679). N-grams from where a latent fires most are tried in
 texts where it is silent, and those that drive it most are put into neutral texts: a latent that fires there as it does
-at its own steps is a detector of those tokens. The same n-grams are then taken out of the latent's own steps. Random
-n-grams of the same lengths at the same places are the control of both. Cues are chosen on some traces and tested on
-others.
+at its own steps is a detector of those tokens. All n-grams tried are then taken out of the latent's own steps. Random
+n-grams of the same lengths at the same places, and random tokens taken out, are the controls. N-grams are chosen on
+some traces and tested on others.
 """
 
 from __future__ import annotations
@@ -60,11 +60,13 @@ class Falsified:
     genuine: mean over its strongest steps of their largest activation. untouched, injected, random: largest activation
     in neutral texts as they are, with its cues, and with random n-grams in their place; intervals over texts. p: of
     over_random (injected less random, paired), Holm over latents. removed, removed_random: what is left at those of its
-    own steps that hold a cue when cues, or as many random tokens, are taken out, over what was there.
+    own steps that hold one of all n-grams `tried` when they, or as many random tokens, are taken out, over what was
+    there; the step's other tokens remain.
     """
 
     latent: int
     cues: tuple[Cue, ...]
+    tried: tuple[Cue, ...]
     genuine: float
     untouched: Interval
     injected: Interval
@@ -117,12 +119,12 @@ def falsify(
     for column, latent in enumerate(latents):
         rng = np.random.default_rng([settings.seed, latent])
         values = [a[:, column] for a in before]
-        cues = find_cues(
+        tried = find_cues(
             placed[0], values, tokenizer, n=settings.candidates, longest=settings.longest, top=settings.top
         )
-        cues = _Test(reader, column, latent, cues, placed[0], rng).screened([_peak(v) for v in values])
+        test = _Test(reader, column, latent, tried, placed[0], rng)
+        test = replace(test, cues=test.screened([_peak(v) for v in values]))
         steps = _strongest(placed[1], [a[:, column] for a in own], settings.steps)
-        test = _Test(reader, column, latent, cues, placed[0], rng)
         found.append(test.run(placed[2], [_peak(a[:, column]) for a in quiet], names, placed[1], steps))
     p = holm([f.over_random.p for f in found])
     return [replace(f, p=float(value), verdict=_verdict(f, float(value))) for f, value in zip(found, p)]
@@ -197,14 +199,15 @@ def _strongest(items: Sequence[StepTokens], values: Sequence[Floats], n: int) ->
 
 @dataclass(frozen=True)
 class _Test:
-    """One latent (column of the reader's) against its cues; random n-grams come from the pool."""
+    """One latent (column of the reader's) against its n-grams, `cues` the best of them; random ones are of the pool."""
 
     reader: Reader
     column: int
     latent: int
-    cues: tuple[Cue, ...]
+    tried: tuple[Cue, ...]
     pool: Sequence[StepTokens]
     rng: np.random.Generator
+    cues: tuple[Cue, ...] = ()
 
     def run(
         self, texts: Sequence[StepTokens], quiet: Sequence[float], clusters: Sequence[Any],
@@ -214,35 +217,35 @@ class _Test:
         if not steps or not self.cues:
             reason = "it fires at no step" if not steps else "no n-gram recurs at its strongest tokens"
             none = Interval(math.nan, math.nan, math.nan, 0, 0, reason=reason)
-            return Falsified(self.latent, self.cues, genuine, none, none, none, PairedTest(none, math.nan, 0, reason),
-                             none, none)  # fmt: skip
+            test = PairedTest(none, math.nan, 0, reason)
+            return Falsified(self.latent, self.cues, self.tried, genuine, none, none, none, test, none, none)
         seed = self.reader.settings.seed
         injected, random = self._injected(texts)
         shares = [np.asarray(v) / genuine for v in (quiet, injected, random)]
         untouched, own, other = (clustered_bootstrap(v, clusters, seed=seed) for v in shares)
         test = paired_test(shares[1], shares[2], clusters, seed=seed)
         return Falsified(
-            self.latent, self.cues, genuine, untouched, own, other, test, *self._removed(items, steps, seed)
+            self.latent, self.cues, self.tried, genuine, untouched, own, other, test, *self._removed(items, steps, seed)
         )
 
     def screened(self, peaks: Sequence[float]) -> tuple[Cue, ...]:
-        """The cues that make the latent fire most, each alone in texts of the pool where it fires least.
+        """The n-grams that make the latent fire most, each alone in texts of the pool where it fires least.
 
         peaks: its largest activation in each text of the pool. No two of them share a token.
         """
-        if not self.cues:
+        if not self.tried:
             return ()
         settings = self.reader.settings
         quiet = np.argsort(np.array(peaks), kind="stable")
         quiet = quiet[: max(settings.trials, int((np.array(peaks) == 0).sum()))]
         texts = [self.pool[i] for i in self.rng.permutation(quiet)[: settings.trials]]
-        made = [inject(item, self._places(item, 1), [cue.ids]) for cue in self.cues for item in texts]
-        reached = np.array(self._peaks(made)).reshape(len(self.cues), -1)
+        made = [inject(item, self._places(item, 1), [cue.ids]) for cue in self.tried for item in texts]
+        reached = np.array(self._peaks(made)).reshape(len(self.tried), -1)
         chosen: list[Cue] = []
         for i in np.argsort(-reached.mean(1), kind="stable"):
-            fresh = not any(set(self.cues[i].ids) & set(other.ids) for other in chosen)
+            fresh = not any(set(self.tried[i].ids) & set(other.ids) for other in chosen)
             if fresh and len(chosen) < settings.cues:
-                chosen.append(self.cues[i])
+                chosen.append(self.tried[i])
         return tuple(chosen)
 
     def _injected(self, texts: Sequence[StepTokens]) -> tuple[list[float], list[float]]:
@@ -256,11 +259,11 @@ class _Test:
         return peaks[:, 0].tolist(), peaks[:, 1:].mean(1).tolist()
 
     def _removed(self, items: Sequence[StepTokens], steps: Sequence[_Step], seed: int) -> tuple[Interval, Interval]:
-        """What is left at steps with a cue when cues, or as many of their other tokens, are taken out."""
+        """What is left at steps with one of the n-grams when all of them, or as many random tokens, are taken out."""
         draws, made, touched = self.reader.settings.draws, [], []
         for step in steps:
             item = items[step.item]
-            gone = rows_of(item, step.rows, [cue.ids for cue in self.cues])
+            gone = rows_of(item, step.rows, [cue.ids for cue in self.tried])
             others = [row for row in step.rows if row not in gone]
             if gone and others:
                 touched.append(step)
@@ -269,7 +272,9 @@ class _Test:
                     n = min(len(gone), len(step.rows) - 1)
                     made.append(without(item, step.rows, set(self.rng.choice(step.rows, n, replace=False).tolist())))
         if not touched:
-            none = Interval(math.nan, math.nan, math.nan, 0, 0, reason="no strong step holds a cue and other tokens")
+            none = Interval(
+                math.nan, math.nan, math.nan, 0, 0, reason="no strong step holds one of its n-grams and other tokens"
+            )
             return none, none
         left = np.array(self._peaks(made)).reshape(-1, 1 + draws) / np.array([s.peak for s in touched])[:, None]
         clusters = [items[s.item].trace for s in touched]

@@ -88,7 +88,7 @@ def test_longer_traces_cover_more_but_no_more_than_matched_latents() -> None:
     more = diversity((codes + sparse.csr_matrix(extra)).tocsr(), records, list(range(20)), coder(60), sets=8)
     effect = diversity_effect(more, "coverage", groups, problems)
     assert effect.low > 0
-    assert effect.p < 0.01
+    assert effect.estimate > 1.5
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
