@@ -99,8 +99,7 @@ def falsify(
     clusters: of the neutral texts, one each (default: its id). A latent is a "surface cue" when injected tokens reach
     at least half of its genuine activation (lower bound) and more than random ones (p <= 0.05), and "needs context"
     when they reach less than half (upper bound); one that reaches half in untouched neutral texts "fires anywhere".
-    Raises InputError before any pass for latents that do not exist, and
-    as `check_place` and `place_steps` do.
+    Raises InputError before any pass for latents that do not exist, and as `check_place` and `place_steps` do.
     """
     settings = settings or Settings()
     check_place(model, sae, key)

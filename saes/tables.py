@@ -81,7 +81,7 @@ def injection(report: Row) -> str:
         f" {report['neutral_texts']} neutral replies of held-out themes: largest activation there over that at the"
         " latent's own strongest steps (held-out themes, too), with random n-grams of the same lengths at the same"
         " places beside it. Then all n-grams that were tried are taken out of those steps of its own that hold one:"
-        " what is left of the activation at the steps' other tokens. 95 % intervals over scenarios.",
+        " what is left of the activation at the steps' other tokens. 95 % intervals over scenarios (there: replies).",
         markdown_table(heads, rows),
     ]) + "\n"  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 A `Counter` gives whole numbers per trace for the behaviours of some taxonomies; `ChatCounter` asks a chat model.
 `reciprocity` and `group_effects` are what the numbers are for, `count_agreement` says how far to trust them. Cue words
-instead of a judge are not offered: those written on twelve of our traces missed nearly everything in eight others.
+instead of a judge are not offered: those written on twelve of our traces found nothing but questions in eight others.
 """
 
 from __future__ import annotations
