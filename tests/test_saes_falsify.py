@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -210,3 +212,11 @@ def test_texts_come_apart_and_together_as_the_tokenizer_has_them(world: tuple[An
     (placed,) = place_steps(model, tokenizer, ["abd fgj. Q mpu"], "all")
     assert "".join(r["piece"] for r in placed.records) == "abd fgj. Q mpu"
     assert "piece" not in place_steps(model, tokenizer, ["abd fgj"], "mean")[0].records[0]
+
+
+def test_the_committed_table_is_that_of_the_committed_numbers() -> None:
+    folder = Path(__file__).parents[1] / "experiments/results/saes"
+    report = json.loads((folder / "injection.json").read_text("utf-8"))
+    assert (folder / "injection.md").read_text("utf-8") == injection(report)
+    tested = {i for latents in report["emotions"].values() for i in latents}
+    assert {f["latent"] for f in report["latents"]} == tested
