@@ -235,10 +235,21 @@ def _sae_parser(verbs: argparse._SubParsersAction) -> None:
     sure.add_argument("--seeds", type=int, default=2, help="vectors learned; the first one steers")
     sure.add_argument("--problems", type=int, help="at most so many for the answers (default: all not learned from)")
     sure.set_defaults(run=commands.run_sae, call="run_confidence_command")
-    for verb, call in ((read, "run_features"), (push, "run_steer")):
+    name = _verb(
+        actions, "name", "names for latents from a chat model, and how well they tell where a latent fires",
+        "emocircuits sae name --sae runs/saes/resid_post.12 --store runs/steps --server http://localhost:8000/v1"
+        " --judge-model NAME -o names.json",
+    )  # fmt: skip
+    name.add_argument("--server", required=True, help="address of an OpenAI-compatible server")
+    name.add_argument("--judge-model", required=True, help="what the server calls its model")
+    name.add_argument("--api-key-env", help="environment variable with the server's key (default: EMOCIRCUITS_API_KEY)")
+    name.add_argument("--latents", help="such as 17,31 (default: the first --top of each label)")
+    name.add_argument("--top", type=int, default=5)
+    name.add_argument("--seed", type=int, default=0)
+    for verb, call in ((read, "run_features"), (push, "run_steer"), (name, "run_name")):
         verb.add_argument("--sae", type=Path, required=True, help="folder of one layer's SAE")
         verb.add_argument("--store", type=Path, required=True, help="its activations")
-        verb.add_argument("--output", type=Path, required=True)
+        verb.add_argument("-o", "--output", type=Path, required=True)
         verb.set_defaults(run=commands.run_sae, call=call)
     show = _verb(
         actions, "pages", "pages of latents: HTML, and JSON for Neuronpedia",
@@ -248,7 +259,7 @@ def _sae_parser(verbs: argparse._SubParsersAction) -> None:
     show.add_argument("--sae", type=Path, required=True, help="folder of an SAE in SAELens's format")
     show.add_argument("--texts", type=Path, required=True, help="JSONL with text, or prompt and completion")
     show.add_argument("--latents", help="such as 17,40 (default: all, and then no HTML if there are more than 200)")
-    show.add_argument("--names", type=Path, help="JSON of names: {latent: name}")
+    show.add_argument("--names", type=Path, help="JSON of {latent: name}, or what sae name wrote")
     show.add_argument("--output", type=Path, required=True, help="folder")
     show.add_argument("--seed", type=int, default=0)
     show.set_defaults(run=commands.run_sae, call="run_pages")

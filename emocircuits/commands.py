@@ -177,7 +177,7 @@ def run_sae(args: argparse.Namespace) -> None:
         raise MissingPackageError("sparse autoencoders need another package: pip install 'emocircuits[sae]'")
     from saes import command
 
-    if getattr(args, "output", None) is not None and args.call in ("run_features", "run_steer"):
+    if getattr(args, "output", None) is not None and args.call in ("run_features", "run_steer", "run_name"):
         _writable(args.output)
     getattr(command, args.call)(args)
 

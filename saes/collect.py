@@ -50,9 +50,9 @@ def collect(
     reduce: "closing" (the token with the last character of the step's delimiter), "mean" over the step's tokens, or
     "all" of them, a row each. A step without a token of its own has a closing token, but no mean. Rows are in order of
     length, not of the traces; records hold trace, step, n_steps, relative (step's place from 0 to 1), token (place in
-    the model's input), tokens (the step's length), label and text. The model runs as far as the last wanted layer.
-    `scalings` reads the centre and scale of every layer. Raises InputError for texts that do not fit the model, and
-    with `resume` unless model, traces and settings are those of the store.
+    the model's input), tokens (the step's length), label and text, and with "all" piece, the token's own text. The
+    model runs as far as the last wanted layer. `scalings` reads the centre and scale of every layer. Raises InputError
+    for texts that do not fit the model, and with `resume` unless model, traces and settings are those of the store.
     """
     given = [Trace("", split(t)) if isinstance(t, str) else t for t in traces]
     items = place_steps(model, tokenizer, given, reduce)

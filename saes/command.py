@@ -15,6 +15,7 @@ from emocircuits.errors import InputError
 from emocircuits.models.load import load
 from emocircuits.reasoning.steps import read_trace, split
 from emocircuits.reasoning.traces import Trace
+from emocircuits.serving.run import api_key
 
 from .collect import collect
 from .confidence import Settings
@@ -22,6 +23,7 @@ from .confidence_study import Plan as ConfidencePlan
 from .confidence_study import run_confidence
 from .features import Activity, encode_all, enrichment, top_steps
 from .interop import load_sae, stated_place
+from .naming import ChatNamer, name_latents
 from .pages import latent_pages
 from .publish import html_page, neuronpedia
 from .recipe import Recipe
@@ -69,10 +71,7 @@ def run_train(args: argparse.Namespace) -> None:
 
 def run_features(args: argparse.Namespace) -> None:
     """`emocircuits sae features`"""
-    trained, vectors, store = _matched(args.sae, args.store)
-    x = vectors.read()
-    keep = (~is_sink(x)).nonzero()[:, 0].tolist()
-    records, codes = [store.meta[i] for i in keep], encode_all(trained.sae, x[keep])
+    trained, codes, records = _coded(args)
     labels = [r.get("label") for r in records]
     found: dict[str, Any] = {"sae": str(trained.path), "rows": len(records), "latents": {}}
     shown = range(codes.shape[1]) if args.latent is None else [args.latent]
@@ -88,6 +87,30 @@ def run_features(args: argparse.Namespace) -> None:
                 {"activation": a, "label": r.get("label"), "trace": r["trace"], "text": r["text"]} for a, r in rows
             ]
     _say(f"{len(found['latents'])} latents with their top steps: {write_json_atomic(args.output, found)}")
+
+
+def run_name(args: argparse.Namespace) -> None:
+    """`emocircuits sae name`"""
+    namer = ChatNamer(args.server, args.judge_model, api_key=api_key(args.api_key_env))
+    namer.chat.check()
+    trained, codes, records = _coded(args)
+    labels = [r.get("label") for r in records]
+    if args.latents:
+        latents = parse_numbers(args.latents, "latents")
+        if max(latents) >= codes.shape[1]:
+            raise InputError(f"--latents {args.latents!r}: give numbers from 0 to {codes.shape[1] - 1}, such as 17,31")
+    elif len({x for x in labels if x is not None}) > 1:
+        found = enrichment(codes, labels, [r["trace"] for r in records], seed=args.seed)
+        latents = sorted({i for label in found.labels for i in found.of(label)[: args.top]})
+    else:
+        raise InputError("the store has no labels to choose latents by; name them: --latents 17,31")
+    about = {"sae": str(trained.path), "store": str(args.store), "judge": args.judge_model, "rows": len(records)}
+    report = name_latents(codes, records, latents, namer, args.output, seed=args.seed, about=about)
+    rows = [report["latents"][str(i)] for i in latents]
+    score = report["summary"]["balanced_accuracy"]
+    _say(f"{sum('score' in r for r in rows)} of {len(rows)} latents named and scored: {args.output}")
+    if score["own_name"] is not None:
+        _say(f"balanced accuracy {score['own_name']:.2f}, with another latent's name {score['other_name']:.2f}")
 
 
 def run_steer(args: argparse.Namespace) -> None:
@@ -109,7 +132,7 @@ def run_pages(args: argparse.Namespace) -> None:
     if key is None:
         raise InputError(f"{args.sae} does not say where it sits; write it anew with saes.interop.export(place=...)")
     latents = parse_numbers(args.latents, "latents") if args.latents else list(range(width))
-    names = {int(i): str(name) for i, name in read_json(args.names).items()} if args.names else {}
+    names = _names(args.names) if args.names else {}
     loaded = load(args.model)
     with bars() as progress:
         pages = latent_pages(
@@ -122,6 +145,17 @@ def run_pages(args: argparse.Namespace) -> None:
         _say(f"to look at: {html_page(pages, args.output / 'latents.html', f'Latents of {args.sae.name}')}")
     else:
         _say(f"one page shows at most {MOST_SHOWN} latents; choose some with --latents to get it")
+
+
+def _names(path: Path) -> dict[int, str]:
+    """{latent: name} of a file that says just that, or of one that `emocircuits sae name` wrote."""
+    found = read_json(path)
+    if "latents" in found:
+        found = {latent: row["name"] for latent, row in found["latents"].items() if row.get("name")}
+    try:
+        return {int(latent): str(name) for latent, name in found.items()}
+    except ValueError as error:
+        raise InputError(f'{path} should hold a name for each latent\'s number, such as {{"17": "relief"}}') from error
 
 
 def run_confidence_command(args: argparse.Namespace) -> None:
@@ -153,6 +187,14 @@ def read_texts(path: Path) -> list[Trace]:
         labels = None if label is None else (str(label),) * len(trace)
         traces.append(Trace(trace.prompt, trace.steps, trace.ending, labels=labels, id=name))
     return traces
+
+
+def _coded(args: argparse.Namespace) -> tuple[Trained, Any, list[dict[str, Any]]]:
+    """The SAE, its codes of the store's vectors without the sinks, and their records."""
+    trained, vectors, store = _matched(args.sae, args.store)
+    x = vectors.read()
+    keep = (~is_sink(x)).nonzero()[:, 0].tolist()
+    return trained, encode_all(trained.sae, x[keep]), [store.meta[i] for i in keep]
 
 
 def _matched(sae: Path, store: Path) -> tuple[Trained, Vectors, ActivationStore]:

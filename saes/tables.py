@@ -116,6 +116,32 @@ def _steering(steering: Mapping[str, Row]) -> str:
     return markdown_table(heads, rows)
 
 
+def injection(report: Row) -> str:
+    """What injection.json holds: what each latent's tokens do in neutral texts, and its own steps do without them."""
+    of = {latent: emotion for emotion, latents in reversed(report["emotions"].items()) for latent in latents}
+    rows = [
+        [of[f["latent"]], str(f["latent"]), ", ".join(repr(c["text"]) for c in f["cues"]), _n(f["genuine"], ".3g"),
+         *(_share(f[name]) for name in ("untouched", "random", "injected")), _n(f["p"], ".2g"),
+         *(_share(f[name]) for name in ("removed_random", "removed")), f["removed"]["n"], f["verdict"]]
+        for f in report["latents"]
+    ]  # fmt: skip
+    heads = ["emotion", "latent", "its tokens", "own activation", "neutral texts", "+ random tokens", "+ its tokens",
+             "p (Holm)", "own steps less random tokens", "less its n-grams", "steps", "verdict"]  # fmt: skip
+    return "\n\n".join([
+        f"# Are the emotion latents of {report['model']} about a few tokens?",
+        f"{report['site']} {report['layer']}. The n-grams of a latent's strongest tokens that drive it most, put into"
+        f" {report['neutral_texts']} neutral replies of held-out themes: largest activation there over that at the"
+        " latent's own strongest steps (held-out themes, too), with random n-grams of the same lengths at the same"
+        " places beside it. Then all n-grams that were tried are taken out of those steps of its own that hold one:"
+        " what is left of the activation at the steps' other tokens. 95 % intervals over scenarios (there: replies).",
+        markdown_table(heads, rows),
+    ]) + "\n"  # fmt: skip
+
+
+def _share(found: Row) -> str:
+    return f"{_n(found['estimate'])} [{_n(found['low'])}, {_n(found['high'])}]"
+
+
 def _rate(found: Row) -> str:
     return _interval(found["coherent"], ".0%")
 

@@ -82,9 +82,15 @@ def _placed(tokenizer: Any, trace: Trace, name: str, reduce: str) -> StepTokens:
         }
         own = [(a, b) for a, b in own if a < b]
         spans += own
-        records += [{**about, "token": b - 1} for _, b in own]
+        text = trace.prompt + trace.steps.text
+        records += [{**about, "token": b - 1} | _piece(text, offsets[a], reduce) for a, b in own]
     end = max((b for _, b in spans), default=0)
     return StepTokens(name, ids[:end], spans, records)
+
+
+def _piece(text: str, span: tuple[int, int], reduce: str) -> dict[str, str]:
+    """The text of the token, where every token has a row of its own."""
+    return {"piece": text[span[0] : span[1]]} if reduce == "all" else {}
 
 
 def closing_tokens(offsets: Sequence[tuple[int, int]], bounds: Sequence[int]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 # Without it MKL's last bits depend on where in memory an array lies, and nothing can be bit-identical to anything.
@@ -10,6 +11,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import pytest
 import torch
+from chat_server import chat_server
 from hypothesis import settings
 
 from emocircuits.errors import MissingPackageError
@@ -32,3 +34,10 @@ def demo() -> Any:
         return models.load("demo")
     except MissingPackageError as error:
         pytest.skip(f"the demo model is not installed: {error}")
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Any]:
+    """A local chat endpoint: set its `answer`; see `chat_server`."""
+    with chat_server() as server:
+        yield server

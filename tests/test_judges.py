@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -198,39 +196,6 @@ def test_without_a_label_map_the_package_table_decides_or_asks_for_one(tmp_path)
 
 
 # Endpoint -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def endpoint():
-    """A local chat endpoint: `answer(body)` returns (status, reply text or raw bytes)."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with server.lock:
-                server.requests.append((self.path, dict(self.headers), body))
-                status, said = server.answer(body)
-            reply = {"choices": [{"message": {"content": said}}]}
-            data = said if isinstance(said, bytes) else json.dumps(reply).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            if status == 429:
-                self.send_header("Retry-After", "3")
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.lock, server.requests = threading.Lock(), []
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 def asked_text(body):

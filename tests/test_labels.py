@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from typing import Any
 
@@ -112,35 +110,6 @@ def test_any_answer_gives_valid_labels(noise: str, n: int) -> None:
     for answer in (noise, '{"0": {"function_tags": ["AC"], "depends_on": [' + noise, noise + '"1": {"depends_on": 0}'):
         labels, links = parse_labels(answer, n, THOUGHT_ANCHORS)
         trace(*["step"] * n, labels=labels, depends_on=links)  # raises where they do not fit
-
-
-@pytest.fixture
-def endpoint() -> Iterator[Any]:
-    """A local chat endpoint: `answer(body)` returns (status, reply text or raw bytes)."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            server.requests.append((self.path, dict(self.headers), body))
-            status, said = server.answer(body)
-            reply = {"choices": [{"message": {"content": said}}]}
-            data = said if isinstance(said, bytes) else json.dumps(reply).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_: object) -> None:  # type: ignore[override]
-            pass
-
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.url = [], f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 def test_a_chat_model_labels_a_trace_in_one_call(endpoint: Any) -> None:

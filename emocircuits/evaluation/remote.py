@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible chat endpoint, through the standard library only."""
+"""Judges behind an OpenAI-compatible chat endpoint, through the standard library only."""
 
 from __future__ import annotations
 
@@ -27,6 +27,29 @@ _PROMPT = (
 )
 
 
+class Chat:
+    """A chat model at `base_url` (such as "http://localhost:8000/v1"), asked one message at a time, temperature 0.
+
+    `options` go to `posting.Server`: api_key, retries, timeout_s, ... `who` is what its errors call it.
+    """
+
+    def __init__(
+        self, base_url: str, model: str, *, who: str = "the judge", max_tokens: int | None = None, **options: Any
+    ) -> None:
+        self.name = f"chat:{model}"
+        self._server = Server(who, base_url, **{"timeout_s": 300.0, **options})
+        self._body = {"model": model, "temperature": 0, **({} if max_tokens is None else {"max_tokens": max_tokens})}
+
+    def check(self) -> None:
+        """Raise InputError where nothing answers, or not with this key."""
+        self._server.check()
+
+    def ask(self, prompt: str) -> str:
+        """The answer to a message; raises InputError as `posting.Server` does."""
+        body = {**self._body, "messages": [{"role": "user", "content": prompt}]}
+        return content(self._server.post("/chat/completions", body))
+
+
 class OpenAIJudge:
     """Forced choice by a chat model at `base_url` (such as "http://localhost:8000/v1"), temperature 0.
 
@@ -51,8 +74,10 @@ class OpenAIJudge:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.labels, self.name = tuple(labels), f"openai:{model}"
-        self._server = Server("the judge", base_url, api_key, retries, backoff_s, timeout_s, sleep)
-        self._model, self._seed, self._concurrency = model, seed, max(concurrency, 1)
+        self._chat = Chat(
+            base_url, model, api_key=api_key, retries=retries, backoff_s=backoff_s, timeout_s=timeout_s, sleep=sleep
+        )
+        self._seed, self._concurrency = seed, max(concurrency, 1)
         self._lock = threading.Lock()
         self._asked = self._unparseable = 0
 
@@ -78,19 +103,18 @@ class OpenAIJudge:
 
     def _choice(self, text: str) -> str | None:
         """The label chosen for one text, or None where the answer holds none."""
-        choice = parse_choice(content(self._server.post("/chat/completions", self._request(text))), self.labels)
+        choice = parse_choice(self._chat.ask(self._prompt(text)), self.labels)
         with self._lock:
             self._asked += 1
             self._unparseable += choice is None
         return choice
 
-    def _request(self, text: str) -> dict[str, Any]:
+    def _prompt(self, text: str) -> str:
         order = list(self.labels)
         # The shuffle hangs on the text, not on its place in the batch: the same text is always asked alike.
         digest = hashlib.sha256(f"{self._seed}\0{text}".encode("utf-8", "surrogatepass")).digest()
         random.Random(digest).shuffle(order)
-        prompt = _PROMPT.format(labels=", ".join(order), text=text)
-        return {"model": self._model, "temperature": 0, "messages": [{"role": "user", "content": prompt}]}
+        return _PROMPT.format(labels=", ".join(order), text=text)
 
 
 def parse_choice(answer: str, labels: Sequence[str]) -> str | None:
@@ -112,3 +136,24 @@ def content(answer: Any) -> str:
         return answer["choices"][0]["message"]["content"] or ""
     except (KeyError, IndexError, TypeError) as error:
         raise InputError("the endpoint sent no choices[0].message.content; use a chat endpoint") from error
+
+
+def quoted(material: Any) -> str:
+    """Material for a prompt as JSON: it stays in its quotes, so no text in it can end the list or pose as another."""
+    return json.dumps(material, ensure_ascii=False, indent=1)
+
+
+def json_objects(answer: str) -> list[dict[str, Any]]:
+    """The JSON objects in an answer, in order, wherever they stand: in fences, after thinking, between sentences.
+
+    Of an object that was cut off or is broken, the whole ones inside it. None of them lies inside another.
+    """
+    found, at, decoder = [], answer.find("{"), json.JSONDecoder()
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(answer, at)
+            found.append(value)
+        except (ValueError, RecursionError):
+            end = at + 1
+        at = answer.find("{", end)
+    return found

@@ -77,7 +77,7 @@ def clustered_bootstrap(
     and `reason` says why. Raises InputError for lengths that differ or a confidence outside (0, 1).
     """
     rows = np.asarray(values)
-    codes, n_clusters = _cluster_codes(clusters, len(rows))
+    codes, n_clusters = cluster_codes(clusters, len(rows))
     _check_confidence(confidence)
     _check_count("n_boot", n_boot)
     nan = Interval(math.nan, math.nan, math.nan, len(rows), n_clusters, confidence)
@@ -125,7 +125,7 @@ def paired_test(
     difference = clustered_bootstrap(x - y, clusters, confidence=confidence, seed=seed)
     if difference.reason:
         return PairedTest(difference, math.nan, 0, difference.reason)
-    codes, n_clusters = _cluster_codes(clusters, len(x))
+    codes, n_clusters = cluster_codes(clusters, len(x))
     sums = np.bincount(codes, weights=x - y, minlength=n_clusters)
     # Float noise must not decide whether a tie counts as a hit.
     observed = abs(float(sums.sum())) - 1e-9 * float(np.abs(sums).sum())
@@ -316,7 +316,7 @@ def _midranks(values: Floats) -> Floats:
 # -------------------------------------------------------------------------------------------------- checks
 
 
-def _cluster_codes(clusters: Sequence[Any] | NDArray[Any], n: int) -> tuple[NDArray[np.intp], int]:
+def cluster_codes(clusters: Sequence[Any] | NDArray[Any], n: int) -> tuple[NDArray[np.intp], int]:
     """Number the clusters in order of first appearance; labels may be of any hashable kind."""
     labels = clusters.tolist() if isinstance(clusters, np.ndarray) else list(clusters)
     if len(labels) != n:

@@ -22,8 +22,7 @@ from ..data.loaders import read_rows
 from ..errors import InputError
 from ..evaluation.embeddings import SentenceEncoder, cached, hash_texts
 from ..evaluation.label_likelihood import softmax
-from ..evaluation.remote import content
-from ..posting import Server
+from ..evaluation.remote import Chat, quoted
 from .label_tables import Agreement, CategoryRow, agreement, category_table, from_table, to_table, whole
 from .taxonomies import APPRAISAL, BASE_MODELS, THOUGHT_ANCHORS, VENHOFF, Tag, Taxonomy
 from .traces import Trace
@@ -104,9 +103,8 @@ class ChatLabeller:
         max_tokens: int | None = None,
         **options: Any,
     ) -> None:
-        self.name, self.taxonomy = f"chat:{model}", taxonomy
-        self._server = Server("the labeller", base_url, **{"timeout_s": 300.0, **options})
-        self._body = {"model": model, "temperature": 0, **({} if max_tokens is None else {"max_tokens": max_tokens})}
+        self._chat = Chat(base_url, model, who="the labeller", max_tokens=max_tokens, **options)
+        self.name, self.taxonomy = self._chat.name, taxonomy
         self._asked = self._unlabelled = 0
 
     @property
@@ -116,19 +114,15 @@ class ChatLabeller:
 
     def label(self, trace: Trace) -> Trace:
         """The trace with the model's labels and dependencies."""
-        message = {"role": "user", "content": self._prompt(trace)}
-        answer = content(self._server.post("/chat/completions", {**self._body, "messages": [message]}))
-        labels, links = parse_labels(answer, len(trace), self.taxonomy)
+        labels, links = parse_labels(self._chat.ask(self._prompt(trace)), len(trace), self.taxonomy)
         self._asked += len(labels)
         self._unlabelled += labels.count(None)
         return labelled(trace, self, labels, links)
 
     def _prompt(self, trace: Trace) -> str:
         tags = "\n".join(f"- {tag.name}: {tag.meaning}" for tag in self.taxonomy.tags)
-        # JSON keeps the material in its quotes: no sentence can end the list or pose as another one.
         material = {"problem": trace.prompt, "sentences": {str(i): text for i, text in enumerate(trace.steps.texts)}}
-        text = json.dumps(material, ensure_ascii=False, indent=1)
-        return _INSTRUCTION.format(tags=tags, n=len(trace), material=text)
+        return _INSTRUCTION.format(tags=tags, n=len(trace), material=quoted(material))
 
 
 def parse_labels(answer: str, n: int, taxonomy: Taxonomy) -> tuple[Labels, Links]:

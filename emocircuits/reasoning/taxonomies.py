@@ -111,3 +111,44 @@ APPRAISAL = _taxonomy(
     ],
 )
 """Our own, for reasoning about emotions: the appraisals of Smith & Ellsworth (1985) and Scherer (2001)."""
+
+CONVERSATION = _taxonomy(
+    "conversation",
+    [
+        ("question_answering", "QA", "asks itself a question and then answers it"),
+        ("perspective_shift", "PS", "turns to another viewpoint, approach or assumption"),
+        ("conflict_of_perspectives", "CP", "sets one view against another that contradicts it"),
+        ("reconciliation", "RE", "brings views that disagreed together into one"),
+    ],
+)
+"""Conversational behaviours of reasoning: societies of thought (arXiv 2601.10825)."""
+
+BALES = _taxonomy(
+    "bales",
+    [
+        ("ask_orientation", "AO", "asks for facts, for what is given, or to have something repeated or made clear"),
+        ("ask_opinion", "AP", "asks for a judgement, an analysis or how something is felt about"),
+        ("ask_suggestion", "AS", "asks what could be done or which way to go"),
+        ("give_orientation", "GO", "gives facts, repeats or clarifies what is given"),
+        ("give_opinion", "GP", "gives a judgement, an analysis or a wish"),
+        ("give_suggestion", "GS", "proposes what to do or which way to go"),
+        ("solidarity", "SO", "praises, helps or encourages"),
+        ("tension_release", "TR", "jokes, laughs or shows relief or satisfaction"),
+        ("agree", "AG", "accepts or concurs with what was said"),
+        ("disagree", "DI", "rejects or doubts what was said"),
+        ("tension", "TE", "shows strain, worry or helplessness, or gives up for now"),
+        ("antagonism", "AN", "attacks, belittles or blames, or defends itself"),
+    ],
+)
+"""Roles in a group's interaction (Bales, 1950), as arXiv 2601.10825 counts them in reasoning."""
+
+COGNITION = _taxonomy(
+    "cognition",
+    [
+        ("verification", "VE", "checks a result or a step that is there already"),
+        ("backtracking", "BA", "gives up a line of thought as wrong and goes back to take another"),
+        ("subgoal_setting", "SU", "breaks the problem into smaller ones to be reached in turn"),
+        ("backward_chaining", "BC", "starts from the wanted result and asks what it would need"),
+    ],
+)
+"""Cognitive behaviours of reasoning (arXiv 2601.10825)."""
