@@ -75,3 +75,22 @@ def verdict(steered: Found) -> str:
         return f"It beats no steering, random directions and matched latents {where} (paired tests, Holm); {trend}."
     weak = ", ".join(f"{m} (p = {num(d['p'], '.2g')})" for m, d in again["differences"].items() if d["p"] > 0.05)
     return f"It does not beat every control {where}: {weak or 'a difference is negative'}; {trend}."
+
+
+def pair_rows(found: Found) -> list[Row]:
+    """Latents that fire at the same steps more often than their texts explain."""
+    return [
+        {"latents": f"{p['a']}, {p['b']}", "steps with both": p["both"], "by chance": num(p["expected"], ".1f"),
+         "Jaccard": num(p["jaccard"]), "decoder cosine": num(p["cosine"]), "q": p_value(p["q"])}
+        for p in found["together"]
+    ]  # fmt: skip
+
+
+def separation(found: Found) -> str:
+    """Whether decoder rows of one label lie together, beside shuffled labels."""
+    apart = found["separation"]
+    return (
+        f"Silhouette of the {apart['n']} latents that go with a label: {num(apart['silhouette'], '.3f')}; labels "
+        f"shuffled {num(apart['null_mean'], '.3f')}, 95th percentile {num(apart['null_high'], '.3f')} "
+        f"(p = {num(apart['p'], '.2g')})."
+    )

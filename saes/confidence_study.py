@@ -202,7 +202,7 @@ class Asked:
 def ask(
     loaded: Loaded, asked: Sequence[Asked], vectors: Sequence[Tensor], key: Key, progress: Progress | None = None
 ) -> Tensor:
-    """[problems, rows, 6] log-probabilities of the emotions, with each row of vectors[problem] [rows, d] at step ends.
+    """Log-probabilities [problems, rows, 6] of the emotions, with each row [d] of a problem's vectors at step ends.
 
     Nothing of a problem is computed twice: what comes before its reasoning is read once, for all rows.
     """

@@ -8,6 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from emocircuits._figures import QUIET, figure, numbers, text, whiskers
+from emocircuits.plots import emotion_color
 
 Row = Mapping[str, Any]
 INK = "#6B4FD8"
@@ -25,6 +26,21 @@ def bars(middles: Sequence[float], counts: Sequence[float], x: str, y: str = "to
     fig = figure(x, y, height)
     fig.add_bar(x=list(middles), y=numbers(counts), marker_color=INK, showlegend=False)
     return fig.update_layout(bargap=0.05)
+
+
+def decoder_map(places: Sequence[Sequence[float]], kinds: Sequence[str | None], names: Sequence[str] = ()) -> go.Figure:
+    """Latents at their places [n, 2] of `geometry.layout`, coloured by kind; names show under the pointer."""
+    fig = figure("", "", 460)
+    said = list(names) or [f"latent {i}" for i in range(len(places))]
+    for kind in sorted({k for k in kinds if k is not None}, key=str) + ([None] if None in kinds else []):
+        mine = [i for i, k in enumerate(kinds) if k == kind]
+        fig.add_scatter(
+            x=[places[i][0] for i in mine], y=[places[i][1] for i in mine], mode="markers",
+            name="other" if kind is None else text(kind), hovertext=[text(said[i]) for i in mine], hoverinfo="text",
+            marker={"size": 4 if kind is None else 7, "opacity": 0.5 if kind is None else 0.9,
+                    "color": QUIET if kind is None else emotion_color(kind)},
+        )  # fmt: skip
+    return fig.update_xaxes(showticklabels=False).update_yaxes(showticklabels=False)
 
 
 def dose_response(arms: Mapping[str, Sequence[Row]], measure: str = "expression") -> go.Figure:

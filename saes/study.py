@@ -41,6 +41,7 @@ from emocircuits.steering import Steerer
 
 from .collect import collect
 from .features import Activity, Enrichment, encode_all, enrichment, logit_lens, top_steps
+from .geometry import coactivation, layout, separation
 from .metrics import baselines, quality, stability
 from .recipe import Recipe
 from .splice import recovery
@@ -158,6 +159,7 @@ def run_demo(loaded: Loaded, out: str | Path, plan: Plan | None = None, progress
     report = {
         "plan": asdict(plan), "quality": run.json_stage("quality", lambda: _quality(loaded, trained, stores, plan)),
         "features": run.json_stage("features", lambda: _features(loaded, sae, known, unseen, plan)),
+        "geometry": run.json_stage("geometry", lambda: _geometry(sae, known, plan)),
     }  # fmt: skip
     found = report["features"]["emotions"]
     chosen = {e: rows[0]["latent"] for e, rows in found.items() if rows and rows[0]["replicates"]}
@@ -242,6 +244,21 @@ def _features(loaded: Loaded, sae: Any, known: Coded, unseen: Coded, plan: Plan)
                      "words": words[i][:6]} for i in kinds[label]]
             for c, label in enumerate(appraisal.labels)
         },
+    }  # fmt: skip
+
+
+def _geometry(sae: Any, known: Coded, plan: Plan) -> dict[str, Any]:
+    """A map of the decoder, whether latents of one emotion lie together, and latents that fire together."""
+    steps = known.only("problem/", without=True)
+    found = _emotional(steps, plan)
+    significant = np.where(found.q <= 0.05, found.z, -np.inf)
+    kinds = [found.labels[i] if z[i] > 0 else None for z in significant for i in [int(z.argmax())]]
+    rows = sae.W_dec.detach().float()
+    pairs = coactivation(steps.codes, [r["trace"] for r in steps.records], rows, top=20)
+    return {
+        "places": layout(rows, seed=plan.seed).round(3).tolist(), "kinds": kinds,
+        "separation": asdict(separation(rows, kinds, shuffles=plan.shuffles, seed=plan.seed)),
+        "together": [{**asdict(pair), "lift": pair.lift} for pair in pairs],
     }  # fmt: skip
 
 

@@ -43,6 +43,13 @@ def markdown(report: Row, model: str) -> str:
     )
     counts = ", ".join(f"{e} {n}" for e, n in report["features"]["counts"].items())
     said.append(f"So many of {plan['width']} pass for each label: {counts}.")
+    if geometry := report.get("geometry"):
+        apart = geometry["separation"]
+        said.append(
+            f"Decoder rows of the {apart['n']} latents that go with a label lie together by label: silhouette"
+            f" {_n(apart['silhouette'], '.3f')} (labels shuffled: {_n(apart['null_mean'], '.3f')},"
+            f" 95th percentile {_n(apart['null_high'], '.3f')}, p = {_n(apart['p'], '.2g')})."
+        )
     if report.get("steering"):
         said += ["Steering by each emotion's first latent, doses in its own maximum:", _steering(report["steering"])]
     return "\n\n".join(said) + "\n"

@@ -97,6 +97,13 @@ def write_sae(path: Path) -> Path:
             "vectors": 900, "held_out_themes": quality, "baselines": {"pca": quality}, "recovered": 0.9,
             "kl_recovered": 0.8, "tokens_scored": 50, "stability": {"mean_matched_cosine": 0.4, "random": 0.2},
         },
+        "geometry": {
+            "places": [[0.0, 1.0], [1.0, 0.0], [2.0, 2.0]], "kinds": ["fear", None, "anger"],
+            "separation": {"n": 2, "silhouette": 0.1, "by_label": {"fear": 0.1, "anger": 0.1}, "null_mean": 0.0,
+                           "null_high": 0.05, "p": 0.01},
+            "together": [{"a": 3, "b": 5, "both": 9, "expected": 2.0, "jaccard": 0.4, "cosine": 0.1, "q": 0.01,
+                          "lift": 4.5}],
+        },
         "features": {
             "emotions": {"fear": [row(3, **kept), row(4, **lost)], "joy": []},
             "counts": {"fear": 2, "joy": 0}, "appraisals": {"cause": [row(7)], "goal": []},

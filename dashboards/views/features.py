@@ -5,12 +5,12 @@ from __future__ import annotations
 import streamlit as st
 
 from dashboards import features
-from dashboards.shell import choose, draw, page, source, table
+from dashboards.shell import choose, draw, missing, page, source, table
 from dashboards.words import md, num, rate
 from emocircuits.report import RunData
 
 COMMAND = "emocircuits sae demo --out runs/sae"
-VIEWS = ("Latents", "Steering", "Quality")
+VIEWS = ("Latents", "Map", "Steering", "Quality")
 
 
 def show(data: RunData) -> None:
@@ -23,7 +23,7 @@ def show(data: RunData) -> None:
         return
     found = features.read(folder)
     view = choose("View", VIEWS, "view", buttons=True)
-    {"Latents": _latents, "Steering": _steering, "Quality": _quality}[view](found)
+    {"Latents": _latents, "Map": _map, "Steering": _steering, "Quality": _quality}[view](found)
 
 
 def _latents(found: features.Found) -> None:
@@ -47,6 +47,20 @@ def _latents(found: features.Found) -> None:
         "Latents that go with a kind of reasoning step",
         "Our hand-written appraisals, labels shuffled within each solution.",
     )
+
+
+def _map(found: features.Found) -> None:
+    from saes import plots
+
+    geometry = found.get("geometry")
+    if not geometry:
+        missing("This run has no map of its decoder", "The same command adds it; what is there is kept.", COMMAND)
+        return
+    st.markdown(md(features.separation(geometry)))
+    draw(plots.decoder_map(geometry["places"], geometry["kinds"]), "Decoder rows, UMAP by cosine",
+         "Coloured by the label whose texts a latent goes with beyond the null. For looking only.")  # fmt: skip
+    table(features.pair_rows(geometry), "Latents that fire together",
+          "At the same steps; chance is shuffling within each text.")  # fmt: skip
 
 
 def _steering(found: features.Found) -> None:
