@@ -89,6 +89,8 @@ def pair_rows(found: Found) -> list[Row]:
 def separation(found: Found) -> str:
     """Whether decoder rows of one label lie together, beside shuffled labels."""
     apart = found["separation"]
+    if apart is None:
+        return "Too few latents go with a label to say whether those of one lie together."
     return (
         f"Silhouette of the {apart['n']} latents that go with a label: {num(apart['silhouette'], '.3f')}; labels "
         f"shuffled {num(apart['null_mean'], '.3f')}, 95th percentile {num(apart['null_high'], '.3f')} "

@@ -254,10 +254,11 @@ def _geometry(sae: Any, known: Coded, plan: Plan) -> dict[str, Any]:
     significant = np.where(found.q <= 0.05, found.z, -np.inf)
     kinds = [found.labels[i] if z[i] > 0 else None for z in significant for i in [int(z.argmax())]]
     rows = sae.W_dec.detach().float()
+    apart = len({kind for kind in kinds if kind is not None}) > 1
     pairs = coactivation(steps.codes, [r["trace"] for r in steps.records], rows, top=20)
     return {
         "places": layout(rows, seed=plan.seed).round(3).tolist(), "kinds": kinds,
-        "separation": asdict(separation(rows, kinds, shuffles=plan.shuffles, seed=plan.seed)),
+        "separation": asdict(separation(rows, kinds, shuffles=plan.shuffles, seed=plan.seed)) if apart else None,
         "together": [{**asdict(pair), "lift": pair.lift} for pair in pairs],
     }  # fmt: skip
 

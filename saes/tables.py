@@ -43,8 +43,7 @@ def markdown(report: Row, model: str) -> str:
     )
     counts = ", ".join(f"{e} {n}" for e, n in report["features"]["counts"].items())
     said.append(f"So many of {plan['width']} pass for each label: {counts}.")
-    if geometry := report.get("geometry"):
-        apart = geometry["separation"]
+    if apart := report.get("geometry", {}).get("separation"):
         said.append(
             f"Decoder rows of the {apart['n']} latents that go with a label lie together by label: silhouette"
             f" {_n(apart['silhouette'], '.3f')} (labels shuffled: {_n(apart['null_mean'], '.3f')},"
