@@ -39,7 +39,9 @@ def run_demo_command(args: argparse.Namespace) -> None:
     """`emocircuits sae demo`"""
     plan = Plan(args.layer, seed=args.seed)
     if args.small:
-        plan = Plan(args.layer, 256, 8, 5, 2, scenarios=12, shuffles=100, steer=2, max_new_tokens=12, seed=args.seed)
+        plan = Plan(
+            args.layer, 256, 8, 5, 2, scenarios=12, shuffles=100, steer=2, samples=1, max_new_tokens=12, seed=args.seed
+        )
     loaded = load(args.model)
     with bars() as progress:
         _say(f"tables: {run_demo(loaded, args.out, plan, progress)}")

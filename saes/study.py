@@ -58,6 +58,7 @@ class Plan:
     """All that determines a run. layer: of resid_post. seeds: dictionaries trained, the first one is read and steered.
 
     scenarios: so many training scenarios (None: all). steer: held-out scenarios per dose; 0 leaves steering out.
+    samples: texts of each of the other scenarios, at the chosen dose.
     """
 
     layer: int = 12
@@ -69,6 +70,7 @@ class Plan:
     shuffles: int = 500
     steer: int = 10
     matched: int = 2
+    samples: int = 3
     max_new_tokens: int = 26
     seed: int = 0
 
@@ -332,9 +334,10 @@ def _steered(arms: _Arms) -> dict[str, Any]:
 
 
 def _confirmed(arms: _Arms, dose: float) -> dict[str, Any]:
-    """The chosen dose on the held-out scenarios that did not choose it: paired tests against every control (Holm)."""
+    """The chosen dose on the held-out scenarios that did not choose it: paired tests by scenario, every control (Holm)."""
     used = {p["skeleton_id"] for p in scenario_prompts(heldout(), arms.plan.steer)}
-    prompts = [p for p in scenario_prompts(heldout(), 10**6) if p["skeleton_id"] not in used]
+    fresh = [p for p in scenario_prompts(heldout(), 10**6) if p["skeleton_id"] not in used]
+    prompts = [p for p in fresh for _ in range(arms.plan.samples)]
     found = arms.scored(prompts, [dose])
     clusters = [p["skeleton_id"] for p in prompts]
     own, *rivals = [("steered", dose), ("none", 0.0), *((n, dose) for n in arms.steerers if n != "steered")]
@@ -342,7 +345,7 @@ def _confirmed(arms: _Arms, dose: float) -> dict[str, Any]:
     tests = {m: paired_test(rates["steered"], rates[m], clusters, seed=arms.plan.seed) for m, _ in rivals}
     p = dict(zip(tests, holm([t.p for t in tests.values()]).tolist()))
     return {
-        "dose": dose, "scenarios": len(prompts),
+        "dose": dose, "scenarios": len(fresh), "texts": len(prompts),
         "cells": [_cell(found[m, d], m, d, arms.plan.seed) for m, d in (own, *rivals)],
         "differences": {m: {"p": p[m], **asdict(t.difference)} for m, t in tests.items()},
         "survives_every_control": all(p[m] <= 0.05 and t.difference.estimate > 0 for m, t in tests.items()),
