@@ -30,7 +30,7 @@ class Place:
 
 def is_run(folder: Path) -> bool:
     """Whether the explorer can open a folder."""
-    return any((folder / name).is_file() for name in (MANIFEST, TESTBED))
+    return any((folder / name).is_file() for name in (MANIFEST, TESTBED, BALANCE, ANCHORS, SAE))
 
 
 def find(path: str | Path) -> Place:
@@ -74,15 +74,18 @@ def stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 def open_run(folder: Path) -> RunData:
-    """What a folder holds; a test bed's results count as a run of which only the Modality page can say something.
+    """What a folder holds; results without a manifest count as a run of which only their own page can say something.
 
     Raises InputError for another folder or a damaged file.
     """
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file() or not is_run(folder):
         return read_run(folder)
-    manifest = read_json(folder / TESTBED).get("manifest") or {}
+    testbed = folder / TESTBED
+    manifest = {"model": "the model is not recorded"}
+    if testbed.is_file():
+        manifest = {"model": "the test bed", **(read_json(testbed).get("manifest") or {})}
     nothing = dict.fromkeys(("quality", "embedding", "tuning", "evaluation", "dose", "texts"))
-    return RunData(folder, {"settings": {"model": "the test bed", **manifest}, "stages": {}}, **nothing)
+    return RunData(folder, {"settings": manifest, "stages": {}}, **nothing)
 
 
 def notices(data: RunData) -> list[str]:

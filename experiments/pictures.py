@@ -1,8 +1,9 @@
 """The pictures of the README and of the guide, from real runs: the report, and the explorer's pages in a browser.
 
-make demo && emocircuits sae demo --out runs/sae && python experiments/pictures.py --runs runs --out docs/images
+python experiments/pictures.py --runs runs --out docs/images
 
-Needs chromium (or chrome) on the PATH. A page whose run is not there is left out, and said.
+Needs chromium (or chrome) on the PATH. Runs are looked for in --runs, then among the results in the repository. The
+report and the playground need `make demo`, the trace `emocircuits anchors --out runs/anchors`; else they are left out.
 """
 
 from __future__ import annotations
@@ -37,12 +38,16 @@ class Shot:
     then: str = ""
 
 
+RESULTS = Path(__file__).parent / "results"
 SHOTS = (
-    Shot("circuits", "demo", "circuits?view=Map", 1000),
-    Shot("steer", "demo", "steer", 1250, "Write", "document.body.innerText.includes('Perplexity, steered')"),
-    Shot("reasoning", "written", "reasoning", 1200),
-    Shot("modality", "nano_mllm", "modality?policy=set+point,+last&strength=0.2", 800),
-    Shot("features", "sae", "features?view=Steering", 900),
+    Shot("overview", "demo", "?", 1100),
+    Shot("directions", "demo", "directions?view=Quality", 1200),
+    Shot("circuits", "circuits", "circuits?emotion=fear", 1200),
+    Shot("reasoning", "anchors", "reasoning?step=2", 1300),
+    Shot("modality", "nano_mllm", "modality?policy=set+point,+last&strength=0.2", 900),
+    Shot("features", "saes", "features?view=Steering", 900),
+    Shot("map", "saes", "features?view=Map", 900),
+    Shot("steer", "demo", "steer?", 1250, "Write", "document.body.innerText.includes('Perplexity, steered')"),
 )
 
 
@@ -90,7 +95,7 @@ def wait_for(port: int) -> None:
 def take(tab: chromium.Tab, address: str, shot: Shot, out: Path, dark: bool = False, width: int = 1280) -> Path:
     """One picture."""
     tab.look(width, shot.height, dark)
-    tab.open(f"{address}/{shot.page}{'&' if '?' in shot.page else '?'}run={shot.run}")
+    tab.open(f"{address}/{shot.page}")
     if shot.press:
         tab.js(f"[...document.querySelectorAll('button')].find(b => b.innerText.includes('{shot.press}')).click()")
         tab.wait(shot.then, patience=600)
@@ -101,19 +106,23 @@ def take(tab: chromium.Tab, address: str, shot: Shot, out: Path, dark: bool = Fa
 def main(arguments: Sequence[str] | None = None) -> None:
     """Take every picture whose run is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs; demo is the main one")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of your own runs")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--dark", action="store_true")
     args = parser.parse_args(arguments)
-    with chromium.tab() as tab, explorer(args.runs / "demo") as address:
+    with chromium.tab() as tab:
         if (report := args.runs / "demo" / "report.html").is_file():
-            tab.look(1280, 2000)
+            tab.look(args.width, 2000, args.dark)
             tab.open(chromium.address(report), chromium.LOADED)
             print(tab.picture(args.out / "demo.png"))
         for shot in SHOTS:
-            if (args.runs / shot.run).is_dir():
-                print(take(tab, address, shot, args.out / f"{shot.name}.png"))
-            else:
-                print(f"{shot.name}: there is no run {args.runs / shot.run}")
+            places = [args.runs / shot.run] if shot.press else [args.runs / shot.run, RESULTS / shot.run]
+            if (run := next((place for place in places if place.is_dir()), None)) is None:
+                print(f"{shot.name}: there is no run {places[0]}")
+                continue
+            with explorer(run) as address:
+                print(take(tab, address, shot, args.out / f"{shot.name}.png", args.dark, args.width))
 
 
 if __name__ == "__main__":

@@ -334,7 +334,7 @@ def _steered(arms: _Arms) -> dict[str, Any]:
 
 
 def _confirmed(arms: _Arms, dose: float) -> dict[str, Any]:
-    """The chosen dose on the held-out scenarios that did not choose it: paired tests by scenario, every control (Holm)."""
+    """The chosen dose on the held-out scenarios that did not choose it: paired tests by scenario (Holm)."""
     used = {p["skeleton_id"] for p in scenario_prompts(heldout(), arms.plan.steer)}
     fresh = [p for p in scenario_prompts(heldout(), 10**6) if p["skeleton_id"] not in used]
     prompts = [p for p in fresh for _ in range(arms.plan.samples)]
