@@ -358,9 +358,22 @@ def test_steering_says_whichever_way_it_came_out(home: Path, open_app: Any) -> N
     assert "random (p = 0.3)" in words
 
 
-# ------------------------------------------------------------------------------------------------ modality
+# ------------------------------------------------------------------------------------------------ results
 
-TESTBED = Path(__file__).parents[1] / "experiments" / "results" / "nano_mllm"
+RESULTS = Path(__file__).parents[1] / "experiments" / "results"
+TESTBED = RESULTS / "nano_mllm"
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", ["saes", "reasoning/written", "nano_mllm", "demo", "circuits"])
+def test_the_results_in_the_repository_are_shown(open_app: Any, name: str, view: str) -> None:
+    at = open_app(RESULTS / name, view)
+    well(at)
+    for section in sections(at):
+        well(at.segmented_control[0].set_value(section).run())
+
+
+# ------------------------------------------------------------------------------------------------ modality
 
 
 def test_a_clip_is_seen_and_heard_and_its_answer_moves_with_the_strength(open_app: Any) -> None:

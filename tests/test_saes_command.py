@@ -73,6 +73,11 @@ def test_from_texts_to_a_steerer(folder: Path, capsys: pytest.CaptureFixture[str
     assert cli.main([*pages, "--latents", f"{live},0-1", "--names", str(names), "--output", str(out)]) == 0
     assert [f["feature_index"] for f in json.loads((out / "batch-0.json").read_text())["features"]] == [live, 0, 1]
     assert "&lt;shouting&gt;" in (out / "latents.html").read_text("utf-8")
+    names.write_text(json.dumps({"latents": {"0": {"name": "calm"}, "1": {"reason": "no answer"}}}))  # of `sae name`
+    assert cli.main([*pages, "--latents", "0-1", "--names", str(names), "--output", str(out)]) == 0
+    text = (out / "latents.html").read_text("utf-8")
+    assert "Latent 0: calm" in text
+    assert "Latent 1<" in text
 
 
 def test_rows_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
