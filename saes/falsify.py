@@ -17,18 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from emocircuits.activations import batches
 from emocircuits.activations.sites import Key
 from emocircuits.errors import InputError
 from emocircuits.evaluation.statistics import Interval, PairedTest, clustered_bootstrap, holm, paired_test
 from emocircuits.reasoning.traces import Trace
 
 from .cues import Cue, Ngram, find_cues, inject, rows_of, without
-from .features import encode_all
+from .features import encode_items
 from .metrics import Coder
 from .splice import check_place
-from .tokens import StepTokens, place_steps, read_steps
-from .vectors import is_sink
+from .tokens import StepTokens, place_steps
 
 Floats = NDArray[np.float64]
 SURFACE, CONTEXT, ANYWHERE = "surface cue", "needs context", "fires anywhere"
@@ -157,16 +155,9 @@ class Reader:
 
     def activations(self, items: Sequence[StepTokens]) -> list[Floats]:
         """[rows, latents] of each item."""
-        found: list[Floats] = [np.zeros((0, len(self.latents)))] * len(items)
-        for index in batches(len(items), [len(item.ids) for item in items], self.settings.batch_size):
-            batch = [items[i] for i in index]
-            x = read_steps(self.model, self.tokenizer, batch, [self.key])[self.key].float()
-            codes = encode_all(self.sae, x)[:, list(self.latents)].toarray().astype(np.float64)
-            codes[is_sink(x).cpu().numpy()] = 0
-            cuts = np.cumsum([len(item.read) for item in batch])[:-1]
-            for i, part in zip(index, np.split(codes, cuts)):
-                found[i] = part
-        return found
+        size = self.settings.batch_size
+        codes = encode_items(self.model, self.tokenizer, self.sae, self.key, items, size)
+        return [code[:, list(self.latents)].toarray().astype(np.float64) for code in codes]
 
 
 def _peak(values: Floats) -> float:

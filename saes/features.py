@@ -13,15 +13,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.progress import Progress
 from scipy import sparse
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from emocircuits.activations import batches
+from emocircuits.activations.sites import Key
 from emocircuits.circuits.readout import direct_logits
 from emocircuits.directions import DirectionSet
 from emocircuits.errors import InputError, unknown
 
 from .metrics import Coder, check_width
+from .tokens import StepTokens, read_steps
+from .vectors import is_sink
 
 Floats = NDArray[np.float64]
 N_BINS = 5  # of latents by how often they fire, each with a null of its own
@@ -33,6 +38,25 @@ def encode_all(sae: Coder, x: Tensor, batch_size: int = 4096) -> Any:
     check_width(sae, x)
     parts = [sparse.csr_matrix(sae.encode(b.to(sae.W_dec.device)).float().cpu().numpy()) for b in x.split(batch_size)]
     return sparse.vstack(parts, format="csr")
+
+
+def encode_items(
+    model: Any, tokenizer: Any, sae: Coder, key: Key, items: Sequence[StepTokens], batch_size: int = 8,
+    progress: Progress | None = None,
+) -> list[Any]:  # fmt: skip
+    """CSR codes [rows, d_sae] of what is read of each item; at sinks, which no SAE here is trained on, they are 0."""
+    task = progress.add_task("reading texts", total=len(items)) if progress is not None else None
+    found: list[Any] = [None] * len(items)
+    for index in batches(len(items), [len(item.ids) for item in items], batch_size):
+        batch = [items[i] for i in index]
+        x = read_steps(model, tokenizer, batch, [key])[key].float()
+        kept = sparse.diags((~is_sink(x)).double().cpu().numpy())
+        codes, ends = (kept @ encode_all(sae, x)).tocsr(), np.cumsum([0, *(len(item.read) for item in batch)])
+        for i, a, b in zip(index, ends, ends[1:]):
+            found[i] = codes[a:b]
+        if progress is not None and task is not None:
+            progress.advance(task, len(batch))
+    return found
 
 
 @dataclass(frozen=True)

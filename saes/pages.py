@@ -10,25 +10,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.progress import Progress
 from scipy import sparse
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from emocircuits.activations import batches
 from emocircuits.activations.sites import Key
 from emocircuits.circuits.readout import direct_logits
 from emocircuits.errors import InputError
 from emocircuits.reasoning.traces import Trace
 
-from .features import encode_all
+from .features import encode_items
 from .geometry import correlated
 from .metrics import Coder
 from .splice import check_place
-from .tokens import Splitter, StepTokens, paragraphs, place_steps, read_steps
-from .vectors import is_sink
+from .tokens import Splitter, StepTokens, paragraphs, place_steps
 
 BARS = 40
 WORDS = 10
@@ -126,7 +123,7 @@ def latent_pages(
     if not latents or not all(0 <= i < width for i in latents):
         raise InputError(f"name latents of this SAE, 0 to {width - 1}; given were {list(latents)}")
     placed = place_steps(model, tokenizer, traces, "all", split)
-    codes = _encoded(model, tokenizer, sae, key, placed, batch_size, progress)
+    codes: Any = sparse.vstack(encode_items(model, tokenizer, sae, key, placed, batch_size, progress), format="csr")
     rows = sae.W_dec.detach().float().cpu()
     units = normalize(rows, dim=-1)
     texts = _Texts(tokenizer, placed, before, after)
@@ -143,26 +140,6 @@ def latent_pages(
             _groups(column, texts, top, intervals, per_interval, np.random.default_rng((seed, latent))),
         ))  # fmt: skip
     return made
-
-
-def _encoded(
-    model: Any, tokenizer: Any, sae: Coder, key: Key, placed: Sequence[StepTokens], batch_size: int,
-    progress: Progress | None,
-) -> Any:  # fmt: skip
-    """CSR codes [N, d_sae] of every token, in the order of the traces."""
-    task = progress.add_task("reading texts", total=len(placed)) if progress is not None else None
-    parts: list[Any] = [None] * len(placed)
-    for index in batches(len(placed), [len(one.ids) for one in placed], batch_size):
-        batch = [placed[i] for i in index]
-        x = read_steps(model, tokenizer, batch, [key])[key].float().cpu()
-        sinks = is_sink(x)
-        found = sparse.diags((~sinks).double().numpy()) @ encode_all(sae, torch.where(sinks[:, None], 0, x))
-        ends = np.cumsum([0, *(len(one.records) for one in batch)])
-        for i, a, b in zip(index, ends, ends[1:]):
-            parts[i] = found.tocsr()[a:b]
-        if progress is not None and task is not None:
-            progress.advance(task, len(batch))
-    return sparse.vstack(parts, format="csr")
 
 
 class _Texts:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 EMOTIONS = ("anger", "sadness", "fear")
 N_LAYERS, N_HEADS, HEAD_DIM, D_MODEL, D_MLP, VOCAB = 4, 4, 8, 32, 48, 64
@@ -42,6 +42,22 @@ class Tokens:
         if word.startswith("="):
             return LABEL + EMOTIONS.index(word[1:])
         return EMOTION + EMOTIONS.index(word) if word in EMOTIONS else FILLER + int(word[1:]) % 30
+
+
+def words() -> PreTrainedTokenizerFast:
+    """The planted model's vocabulary as a fast tokenizer, one token per word."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    names = ["pad", "bos", "eos", *(f"w{i}." if i < 5 else f"w{i}" for i in range(37)), *EMOTIONS]
+    vocabulary = {name: i for i, name in enumerate(names)} | {f"={e}": 50 + i for i, e in enumerate(EMOTIONS)}
+    made = Tokenizer(WordLevel(vocabulary, unk_token="pad"))
+    made.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+TOKENS = words()
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from organisms import D_MODEL, planted
+from organisms import D_MODEL, TOKENS, planted
 from scipy.stats import spearmanr
-from test_step_emotion import TOKENS
 
 from emocircuits import cli
 from emocircuits.data.problems import load_problems

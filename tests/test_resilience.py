@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from organisms import planted
+from organisms import TOKENS, planted
 from test_importance import axis
-from test_step_emotion import TOKENS
 
 from emocircuits.errors import InputError
 from emocircuits.reasoning.answers import Labels

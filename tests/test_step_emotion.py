@@ -7,8 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from organisms import D_MODEL, EMOTIONS, Organism, planted
-from transformers import PreTrainedTokenizerFast
+from organisms import D_MODEL, EMOTIONS, TOKENS, Organism, planted
 
 from emocircuits.activations.edit import edit
 from emocircuits.activations.edits import Add
@@ -23,25 +22,11 @@ from emocircuits.reasoning.tokens import trace_tokens
 from emocircuits.reasoning.traces import Trace
 
 
-def words() -> PreTrainedTokenizerFast:
-    """The planted model's vocabulary as a fast tokenizer, one token per word."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
-    names = ["pad", "bos", "eos", *(f"w{i}." if i < 5 else f"w{i}" for i in range(37)), *EMOTIONS]
-    vocabulary = {name: i for i, name in enumerate(names)} | {f"={e}": 50 + i for i, e in enumerate(EMOTIONS)}
-    made = Tokenizer(WordLevel(vocabulary, unk_token="pad"))
-    made.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made)
-
-
 @pytest.fixture(scope="module")
 def organism() -> Organism:
     return planted()
 
 
-TOKENS = words()
 # The second step names an emotion; a full stop ends each.
 TRACE = Trace("w9 w10 ", split("w7 w8 w0. w6 fear w1. w11 w12 w2.", min_chars=1))
 ANSWERS = Answers(EMOTIONS, (50, 51, 52))

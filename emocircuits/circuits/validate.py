@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..activations import capture
 from ..activations.edit import edit
-from ..activations.edits import Add, Blend, Edit
+from ..activations.edits import Ablate, Add, Blend, Edit
 from ..data.prompts import encode_prompt
 from ..errors import InputError, unknown
 from ..reading import Example, pad
@@ -158,6 +158,18 @@ def _other_cell(cells: Tensor, label: int, seed: int) -> Tensor:
     n, folds = cells.shape[:2]
     emotion = (label + 1 + int(rng.integers(n - 1))) % n
     return cells[emotion, int(rng.integers(folds))]
+
+
+def mean_ablation(circuit: Circuit, units: Units, positions: Any = "all") -> list[Edit]:
+    """Edits that hold a circuit's heads and neurons at their mean over all emotions; none for an empty circuit."""
+    edits: list[Edit] = []
+    for kind, site in (("heads", "z"), ("neurons", "mlp_post")):
+        baseline = units.baseline(site)
+        for at in sorted({at for at, _ in circuit.units(kind)}):
+            members = [unit for place, unit in circuit.units(kind) if place == at]
+            value = baseline[at][members]
+            edits.append(Ablate(site=site, layer=at, units=members, positions=positions, mode="mean", value=value))
+    return edits
 
 
 def normalised(full: np.ndarray, part: np.ndarray, nothing: np.ndarray) -> np.ndarray:

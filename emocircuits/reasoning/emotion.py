@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..activations.capture import capture
 from ..activations.edit import edit
-from ..activations.edits import Ablate, Add, Edit
+from ..activations.edits import Add
 from ..circuits.assemble import Circuit
 from ..circuits.units import Units
+from ..circuits.validate import mean_ablation
 from ..directions import DirectionSet
 from ..errors import InputError, unknown
 from ..models.anatomy import unwrap
@@ -63,14 +64,7 @@ def carried_by_circuit(
     step's emotion then came by other ways. Raises InputError as `carried` does.
     """
     ids, bounds = trace_tokens(tokenizer, trace)
-    span = [(bounds[0], bounds[-1])]
-    edits: list[Edit] = []
-    for kind, site in (("heads", "z"), ("neurons", "mlp_post")):
-        baseline = units.baseline(site)
-        for at in sorted({at for at, _ in circuit.units(kind)}):
-            members = [unit for place, unit in circuit.units(kind) if place == at]
-            value = baseline[at][members]
-            edits.append(Ablate(site=site, layer=at, units=members, positions=span, mode="mean", value=value))
+    edits = mean_ablation(circuit, units, [(bounds[0], bounds[-1])])
     whole = carried(model, tokenizer, trace, directions, layer)
     if not edits:
         return torch.zeros_like(whole)
