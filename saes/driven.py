@@ -21,7 +21,7 @@ from emocircuits.errors import InputError
 from emocircuits.evaluation.statistics import paired_test
 from emocircuits.reasoning.traces import Trace
 
-from .features import encode_items
+from .features import check_latents, encode_items
 from .metrics import Coder
 from .splice import check_place
 from .tokens import Splitter, paragraphs, place_steps
@@ -66,8 +66,7 @@ def driven_by(
     fewer than two traces, and as `check_place` and `place_steps` do.
     """
     check_place(model, sae, key)
-    if not latents or not all(0 <= i < sae.W_dec.shape[0] for i in latents):
-        raise InputError(f"name latents of this SAE, 0 to {sae.W_dec.shape[0] - 1}; given were {list(latents)}")
+    check_latents(sae, latents)
     reach = key[1] + (key[0] in ("resid_post", "mlp_out"))  # layers from here on come after what latents read
     circuit = _below(circuit, reach)
     if not len(circuit):

@@ -23,7 +23,7 @@ from emocircuits.evaluation.statistics import Interval, PairedTest, clustered_bo
 from emocircuits.reasoning.traces import Trace
 
 from .cues import Cue, Ngram, find_cues, inject, rows_of, without
-from .features import encode_items
+from .features import check_latents, encode_items
 from .metrics import Coder
 from .splice import check_place
 from .tokens import StepTokens, place_steps
@@ -102,8 +102,7 @@ def falsify(
     settings = settings or Settings()
     check_place(model, sae, key)
     latents = list(dict.fromkeys(latents))
-    if bad := [i for i in latents if not 0 <= i < len(sae.W_dec)]:
-        raise InputError(f"latent {bad[0]} does not exist; this SAE has 0 to {len(sae.W_dec) - 1}")
+    check_latents(sae, latents)
     if clusters is not None and len(clusters) != len(neutral):
         raise InputError(f"there are {len(neutral)} neutral texts and {len(clusters)} clusters; give one for each")
     placed = [place_steps(model, tokenizer, given, "all") for given in (known, unseen, neutral)]

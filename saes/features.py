@@ -40,6 +40,13 @@ def encode_all(sae: Coder, x: Tensor, batch_size: int = 4096) -> Any:
     return sparse.vstack(parts, format="csr")
 
 
+def check_latents(sae: Coder, latents: Sequence[int]) -> None:
+    """Raise InputError unless all of them are latents of this SAE, and there is one."""
+    width = sae.W_dec.shape[0]
+    if not latents or not all(0 <= i < width for i in latents):
+        raise InputError(f"name latents of this SAE, 0 to {width - 1}; given were {list(latents)}")
+
+
 def encode_items(
     model: Any, tokenizer: Any, sae: Coder, key: Key, items: Sequence[StepTokens], batch_size: int = 8,
     progress: Progress | None = None,

@@ -18,10 +18,9 @@ from torch.nn.functional import normalize
 
 from emocircuits.activations.sites import Key
 from emocircuits.circuits.readout import direct_logits
-from emocircuits.errors import InputError
 from emocircuits.reasoning.traces import Trace
 
-from .features import encode_items
+from .features import check_latents, encode_items
 from .geometry import correlated
 from .metrics import Coder
 from .splice import check_place
@@ -119,9 +118,7 @@ def latent_pages(
     `place_steps` do.
     """
     check_place(model, sae, key)
-    width = sae.W_dec.shape[0]
-    if not latents or not all(0 <= i < width for i in latents):
-        raise InputError(f"name latents of this SAE, 0 to {width - 1}; given were {list(latents)}")
+    check_latents(sae, latents)
     placed = place_steps(model, tokenizer, traces, "all", split)
     codes: Any = sparse.vstack(encode_items(model, tokenizer, sae, key, placed, batch_size, progress), format="csr")
     rows = sae.W_dec.detach().float().cpu()

@@ -153,7 +153,7 @@ def test_the_seed_decides(world: tuple[Any, Any]) -> None:
 def test_bad_input_is_refused_before_any_pass(world: tuple[Any, Any]) -> None:
     model, tokenizer = world
     some = traces("k", 3, words, 0)
-    with pytest.raises(InputError, match="latent 5 does not exist"):
+    with pytest.raises(InputError, match="name latents of this SAE"):
         falsify(model, tokenizer, Planted(), KEY, [5], some, some, some)
     with pytest.raises(InputError, match="3 neutral texts and 1 clusters"):
         falsify(model, tokenizer, Planted(), KEY, [0], some, some, some, clusters=["a"])
