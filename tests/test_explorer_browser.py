@@ -18,6 +18,7 @@ import chromium
 import pytest
 from pictures import HERE, SLOW, explorer, free_port, start, wait_for
 from synthetic_run import write_balance, write_run, write_usable_run
+from synthetic_studies import write_anchors, write_sae
 
 from emocircuits import explore
 
@@ -39,6 +40,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     write_usable_run(root / "whole")
     write_run(root / "other", emotions=("anger", "fear", "joy"), layers=4, scenarios=2)
     write_balance(root / "balance")
+    write_anchors(root / "anchors")
+    write_sae(root / "sae")
     with explorer(root / "whole") as address:
         yield address
 
