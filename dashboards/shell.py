@@ -20,6 +20,7 @@ from emocircuits.report import RunData
 DEFAULT = "runs/demo"
 STRIP = 380
 """Pixels for a text of forty columns: what a phone has, and what reads well."""
+LEGEND = 70  # pixels that a legend of one line and the toolbar take
 INK = {"dark": "#D5D9E0", "light": "#3A4150"}
 DAMAGE = (KeyError, TypeError, IndexError, ValueError, AttributeError)
 """What reading a run of another version, or an edited one, may raise."""
@@ -156,6 +157,8 @@ def draw(
     on_click is called when a point was clicked; the event is in the session state under `key`. width: pixels at most.
     """
     fig.update_layout(font_color=ink())
+    if len(fig.data) > 1 and fig.layout.showlegend is not False:  # the legend stays clear of the toolbar above it
+        fig.update_layout(margin_t=LEGEND, height=(fig.layout.height or 360) + 22)
     for kind in ("bar", "heatmap"):  # plotly would pick dark words for pale grounds, also where those are on black
         fig.update_traces(textfont_color=ink(), selector={"type": kind})
     select: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from emocircuits._figures import QUIET, Matrix, alpha, figure, heat, number, num
 from emocircuits.plots import emotion_color
 
 NEUTRAL = "#6B4FD8"
+TOOLBAR = 34  # pixels above the first line, so that the toolbar hides no word of it
 
 
 def token_strip(
@@ -24,7 +25,7 @@ def token_strip(
     places = _lines([max(1, _width(piece)) for piece in shown], columns)
     limit = top or max((abs(v) for v in numbers(values) if v is not None), default=0.0) or 1.0
     lines = max((line for line, _, _ in places), default=0) + 1
-    fig = figure("", "", height=26 * lines + 8)
+    fig = figure("", "", height=26 * lines + 4 + TOOLBAR)
     fig.add_bar(
         orientation="h",
         y=[line for line, _, _ in places],
@@ -43,7 +44,7 @@ def token_strip(
         customdata=[[text(repr(piece)), _value(value)] for piece, value in zip(pieces, values)],
         hovertemplate="%{customdata[0]}: %{customdata[1]}<extra></extra>",
     )  # fmt: skip
-    fig.update_layout(barmode="overlay", bargap=0.12, margin={"l": 0, "r": 0, "t": 4, "b": 4})
+    fig.update_layout(barmode="overlay", bargap=0.12, margin={"l": 0, "r": 0, "t": TOOLBAR, "b": 4})
     fig.update_xaxes(visible=False, range=[0, columns], fixedrange=True)
     return fig.update_yaxes(visible=False, range=[lines - 0.5, -0.5], fixedrange=True)
 
