@@ -157,7 +157,8 @@ def draw(
     on_click is called when a point was clicked; the event is in the session state under `key`. width: pixels at most.
     """
     fig.update_layout(font_color=ink())
-    if len(fig.data) > 1 and fig.layout.showlegend is not False:  # the legend stays clear of the toolbar above it
+    traces: Any = fig.data
+    if len(traces) > 1 and fig.layout.showlegend is not False:  # the legend stays clear of the toolbar above it
         fig.update_layout(margin_t=LEGEND, height=(fig.layout.height or 360) + 22)
     for kind in ("bar", "heatmap"):  # plotly would pick dark words for pale grounds, also where those are on black
         fig.update_traces(textfont_color=ink(), selector={"type": kind})
