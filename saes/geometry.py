@@ -73,7 +73,7 @@ def separation(rows: Tensor, labels: Sequence[str | None], *, shuffles: int = 10
 
 
 def silhouettes(units: Floats, y: NDArray[Any]) -> Floats:
-    """Silhouette [n] of unit vectors [n, d] with labels y in 0..C-1, by cosine distance; 0 for a label's only member.
+    """Silhouette [n] of unit vectors [n, d] with labels y, each of 0..C-1, by cosine distance; 0 for an only member.
 
     Distances to a whole label are one product with the sum of its vectors, so no [n, n] matrix is made.
     """
@@ -82,9 +82,7 @@ def silhouettes(units: Floats, y: NDArray[Any]) -> Floats:
     distance = count - units @ (units.T @ member)  # [n, C], summed over the members of each label
     mine, own = count[y], distance[np.arange(len(y)), y]
     inner = own / np.maximum(mine - 1, 1)
-    other = np.where(member > 0, np.inf, distance / np.maximum(count, 1))
-    other[:, count == 0] = np.inf
-    outer = other.min(1)
+    outer = np.where(member > 0, np.inf, distance / count).min(1)
     scale = np.maximum(np.maximum(inner, outer), 1e-12)
     return np.where(mine > 1, (outer - inner) / scale, 0.0)
 

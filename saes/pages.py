@@ -120,7 +120,7 @@ def latent_pages(
     check_place(model, sae, key)
     check_latents(sae, latents)
     placed = place_steps(model, tokenizer, traces, "all", split)
-    codes: Any = sparse.vstack(encode_items(model, tokenizer, sae, key, placed, batch_size, progress), format="csr")
+    codes: Any = sparse.vstack(encode_items(model, tokenizer, sae, key, placed, batch_size, progress), format="csc")
     rows = sae.W_dec.detach().float().cpu()
     units = normalize(rows, dim=-1)
     texts = _Texts(tokenizer, placed, before, after)

@@ -158,10 +158,11 @@ def run_demo(loaded: Loaded, out: str | Path, plan: Plan | None = None, progress
     trained = [_trained(run, stores["train"], plan, seed) for seed in range(plan.seeds)]
     sae = trained[0].sae
     known, unseen = (coded(sae, stores[name], key) for name in ("train", "heldout"))
+    emotional = cache(partial(_emotional, known.only("problem/", without=True), plan))
     report = {
         "plan": asdict(plan), "quality": run.json_stage("quality", lambda: _quality(loaded, trained, stores, plan)),
-        "features": run.json_stage("features", lambda: _features(loaded, sae, known, unseen, plan)),
-        "geometry": run.json_stage("geometry", lambda: _geometry(sae, known, plan)),
+        "features": run.json_stage("features", lambda: _features(loaded, sae, known, unseen, plan, emotional)),
+        "geometry": run.json_stage("geometry", lambda: _geometry(sae, known, plan, emotional)),
     }  # fmt: skip
     found = report["features"]["emotions"]
     chosen = {e: rows[0]["latent"] for e, rows in found.items() if rows and rows[0]["replicates"]}
@@ -224,9 +225,11 @@ def _quality(
     }  # fmt: skip
 
 
-def _features(loaded: Loaded, sae: Any, known: Coded, unseen: Coded, plan: Plan) -> dict[str, Any]:
+def _features(
+    loaded: Loaded, sae: Any, known: Coded, unseen: Coded, plan: Plan, emotional: Callable[[], Enrichment]
+) -> dict[str, Any]:
     """Latents that go with an emotion on training scenarios, whether they do so on held-out themes, and appraisals."""
-    found, again = (_emotional(c, plan) for c in (known.only("problem/", without=True), unseen))
+    found, again = emotional(), _emotional(unseen, plan)
     steps = known.only("problem/")
     appraisal = enrichment(
         steps.codes, [r["label"] for r in steps.records], [r["trace"] for r in steps.records],
@@ -249,10 +252,10 @@ def _features(loaded: Loaded, sae: Any, known: Coded, unseen: Coded, plan: Plan)
     }  # fmt: skip
 
 
-def _geometry(sae: Any, known: Coded, plan: Plan) -> dict[str, Any]:
+def _geometry(sae: Any, known: Coded, plan: Plan, emotional: Callable[[], Enrichment]) -> dict[str, Any]:
     """A map of the decoder, whether latents of one emotion lie together, and latents that fire together."""
     steps = known.only("problem/", without=True)
-    found = _emotional(steps, plan)
+    found = emotional()
     significant = np.where(found.q <= 0.05, found.z, -np.inf)
     kinds = [found.labels[i] if z[i] > 0 else None for z in significant for i in [int(z.argmax())]]
     rows = sae.W_dec.detach().float()

@@ -62,7 +62,8 @@ def _clips(folder: Path, found: Mapping[str, Any]) -> None:
             st.audio(str(sound))
             st.caption(f"voice: {md(clip['voice'])}")
     with right:
-        way = choose(f"Attention moved from {found['from']} to {found['to']} by", list(found["strengths"]), "policy")
+        moved = md(f"Attention moved from {found['from']} to {found['to']} by")
+        way = choose(moved, list(found["strengths"]), "policy")
         strengths = ["off", *(f"{s:g}" for s in found["strengths"][way])]
         at = step("Strength", strengths, "strength")
         after = clip["after"][way][at - 1] if at else clip["before"]
