@@ -182,7 +182,9 @@ def confound_rows(quality: Mapping[str, Any]) -> list[Row]:
 
 
 def axes(embedding: Mapping[str, Any]) -> tuple[str, str]:
-    """Names of the two principal components, with the variance they explain."""
+    """Names of the two principal components, with the variance they explain; a map by UMAP has none."""
+    if embedding.get("method") == "umap":
+        return "", ""
     found = [number(v) for v in (embedding.get("variance") or [])[:2]] + [None, None]
     first, second = (
         f"PC {i + 1}" + ("" if v is None else f" ({v:.0%} of the variance)") for i, v in enumerate(found[:2])

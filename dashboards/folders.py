@@ -13,7 +13,7 @@ from emocircuits.errors import InputError
 from emocircuits.report import RunData, read_run
 
 MANIFEST, BALANCE, TESTBED, ANCHORS, SAE = "manifest.json", "balance.json", "nano_mllm.json", "anchors.json", "sae.json"
-GALLERY = "gallery.json"
+REALLOCATION = "reallocation.json"
 STAGES = {
     "quality": "the quality of the directions", "evaluation": "the scores on held-out scenarios",
     "dose": "the dose response", "texts": "the texts", "circuits": "the circuits",

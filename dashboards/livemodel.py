@@ -95,13 +95,13 @@ def remembered(key: tuple[Any, ...], asked: bool, make: Callable[[], T | None]) 
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)
-def _artefact(load: Callable[[Path], Any], path: str, changed: int) -> Any:  # noqa: ARG001
-    return load(Path(path))
+def _artefact(_load: Callable[[Path], Any], kind: str, path: str, changed: int) -> Any:  # noqa: ARG001
+    return _load(Path(path))
 
 
 def artefact(load: Callable[[Path], T], path: Path) -> T | None:
     """A saved artefact, read once and again when the file changes; None where there is no such file."""
-    return _artefact(load, str(path), path.stat().st_mtime_ns) if path.is_file() else None
+    return _artefact(load, load.__qualname__, str(path), path.stat().st_mtime_ns) if path.is_file() else None
 
 
 def directions(data: RunData) -> Any:
@@ -109,6 +109,14 @@ def directions(data: RunData) -> Any:
     from emocircuits.directions import DirectionSet
 
     return artefact(DirectionSet.load, data.path / DIRECTIONS)
+
+
+def readings(data: RunData, held_out: bool) -> Any:
+    """The run's Features of replies, training or held out, or None."""
+    from emocircuits.demo import load_features
+
+    name = "heldout" if held_out else "train"
+    return artefact(load_features, data.path / "features" / f"replies_{name}.safetensors")
 
 
 def circuit(data: RunData, emotion: str) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dashboards.folders import BALANCE, GALLERY, TESTBED, inside
+from dashboards.folders import BALANCE, REALLOCATION, TESTBED, inside
 from dashboards.words import num, plain, rate
 from emocircuits.artefact import read_json
 
@@ -95,26 +95,30 @@ def attention_rows(found: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ clips
+# ------------------------------------------------------------------------------------------------ reallocation
 
 
-def gallery(folder: Path) -> Mapping[str, Any] | None:
-    """Conflict clips with their answers, or None where the folder has none; raises InputError for a damaged file."""
-    return read_json(folder / GALLERY) if (folder / GALLERY).is_file() else None
+def reallocation(folder: Path) -> Mapping[str, Any] | None:
+    """Prompts with their answers under every reallocation tried, or None where the folder has none.
+
+    Raises InputError for a damaged file.
+    """
+    return read_json(folder / REALLOCATION) if (folder / REALLOCATION).is_file() else None
 
 
-def media(folder: Path, clip: Mapping[str, Any], ending: str) -> Path | None:
+def media(folder: Path, row: Mapping[str, Any], ending: str) -> Path | None:
     """A clip's picture (".png") or sound (".wav"), where it is there."""
-    file = inside(folder / "clips", f"{clip['name']}{ending}")
+    file = inside(folder / "clips", f"{row['name']}{ending}")
     return file if file is not None and file.is_file() else None
 
 
-def clip_name(clip: Mapping[str, Any]) -> str:
-    """What a clip is called in a list."""
-    return f"{clip['name']}: voice {clip['voice']}, face {clip['face']}"
+def row_name(row: Mapping[str, Any]) -> str:
+    """What a prompt is called in a list."""
+    said = [f"{part} {row[part]}" for part in ("voice", "face") if part in row]
+    return f"{row['name']}: {', '.join(said)}" if said else str(row["name"])
 
 
 def answer(found: Mapping[str, Any], p: Sequence[float]) -> str:
     """The likeliest answer in words."""
     best = max(range(len(p)), key=p.__getitem__)
-    return f"{found['emotions'][best]} ({num(p[best], '.0%')})"
+    return f"{found['answers'][best]} ({num(p[best], '.0%')})"

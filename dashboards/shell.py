@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -17,7 +19,9 @@ from dashboards.words import file_name, md
 from emocircuits.errors import EmocircuitsError
 from emocircuits.report import RunData
 
+T = TypeVar("T")
 DEFAULT = "runs/demo"
+KEPT = 32  # results of slow work
 STRIP = 380
 """Pixels for a text of forty columns: what a phone has, and what reads well."""
 LEGEND = 70  # pixels that a legend of one line and the toolbar take
@@ -91,6 +95,30 @@ def lacking(data: RunData, *names: str) -> bool:
         missing(f"This run has not measured {' and '.join(absent)} yet", "An interrupted run goes on where it stopped.",
                 folders.how_to_finish(data))  # fmt: skip
     return bool(absent)
+
+
+@st.cache_resource(show_spinner=False)
+def _jobs() -> tuple[ThreadPoolExecutor, dict[Any, Future[Any]]]:
+    return ThreadPoolExecutor(1, "explorer"), {}
+
+
+def patiently(key: Any, make: Callable[[], T], doing: str) -> T:
+    """What `make` gives, made once for all tabs on a thread of its own, so that the page can be left meanwhile.
+
+    Raises what `make` raises.
+    """
+    pool, jobs = _jobs()
+    job = jobs[key] = jobs.get(key) or pool.submit(make)
+    while len(jobs) > KEPT:
+        jobs.pop(next(iter(jobs))).cancel()
+    place, begun = st.empty(), time.monotonic()
+    while not job.done():
+        place.caption(f"{doing} ({time.monotonic() - begun:.0f} s); other pages work meanwhile.")
+        time.sleep(0.25)
+    place.empty()
+    if job.exception() is not None:
+        jobs.pop(key, None)  # may be tried again
+    return job.result()
 
 
 # ------------------------------------------------------------------------------------------------------ choices

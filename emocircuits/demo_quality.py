@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import quality
-from .directions import DirectionSet, centre, fit
+from . import artefact, quality
+from .directions import DirectionSet, fit
 from .evaluation import scoring
 from .evaluation.statistics import clustered_bootstrap
+from .projection import readings_plane
 from .reading import Features
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def measure(demo: Demo) -> dict[str, Any]:
         _one_set(demo, "last_prompt", prompts, demo.prompts("train"), "prompts", data, tests),
     ]
     agreement = quality.cosines(replies, prompts)
-    _pca_file(demo, replies, sets[0]["best_layer"])
+    plane = readings_plane(demo.replies(False), demo.replies(True), emotions, sets[0]["best_layer"])
+    artefact.write_json_atomic(demo.run.file("embedding.json"), plane)
     return {
         "emotions": list(emotions),
         "layers": list(replies.layers),
@@ -143,23 +145,6 @@ def _confounds(
             "note": "1 would mean that both ways of reading find the same direction",
         },
     ]
-
-
-def _pca_file(demo: Demo, directions: DirectionSet, layer: int) -> None:
-    """embedding.json: group-centred replies of training and held-out themes in the training readings' own plane."""
-    from . import artefact
-
-    slot = directions.layers.index(layer)
-    train, test = (f.complete(demo.plan.emotions) for f in (demo.replies(False), demo.replies(True)))
-    a, b = (centre(f)[:, slot].numpy() for f in (train, test))
-    _, spread, axes = np.linalg.svd(a - a.mean(0), full_matrices=False)
-    points = []
-    for features, x, held in ((train, a, False), (test, b, True)):
-        for (u, v), emotion, theme in zip(((x - a.mean(0)) @ axes[:2].T).tolist(), features.labels, features.themes):
-            points.append({"x": u, "y": v, "emotion": emotion, "theme": theme, "held_out": held})
-    share = (spread**2 / (spread**2).sum())[:2].tolist()
-    value = {"layer": layer, "variance": share, "points": points}
-    artefact.write_json_atomic(demo.run.file("embedding.json"), value)
 
 
 def evaluate(demo: Demo) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from scipy import sparse, stats
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from emocircuits.errors import InputError, MissingPackageError
+from emocircuits.errors import InputError
+from emocircuits.projection import fitted_umap
 
 from .features import Floats, false_discovery_rate
 
@@ -28,14 +29,7 @@ def layout(rows: Tensor, *, neighbors: int = 15, seed: int = 0) -> Floats:
     units = _units(rows)
     if len(units) < 3:
         raise InputError(f"a map needs at least three directions, and there are {len(units)}")
-    try:
-        from umap import UMAP
-    except ImportError as error:
-        raise MissingPackageError('maps need umap-learn; run: pip install "emocircuits[sae]"') from error
-    options: Any = {"metric": "cosine", "random_state": seed, "n_jobs": 1, "init": "spectral"}
-    if len(units) <= 16:  # too few for the spectral start
-        options["init"] = "random"
-    return np.asarray(UMAP(n_neighbors=min(neighbors, len(units) - 1), **options).fit_transform(units), dtype=float)
+    return np.asarray(fitted_umap(units, neighbors=neighbors, seed=seed).embedding_, dtype=float)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def write_usable_run(path: Path) -> Path:
 
     from emocircuits.circuits.assemble import top
     from emocircuits.circuits.units import collect
+    from emocircuits.demo import save_features
     from emocircuits.directions import fit
     from emocircuits.models.fingerprint import fingerprint
     from emocircuits.reading import Example, read
@@ -62,7 +63,10 @@ def write_usable_run(path: Path) -> Path:
         Example(f"one day {i} ", e, str(i), response=f"{e} and more {e}", theme=str(i % 2), cluster=str(i))
         for i in range(4) for e in emotions
     ]  # fmt: skip
-    made = fit(read(model, tokenizer, texts), emotions, fingerprint=fingerprint(model))
+    readings = read(model, tokenizer, texts)
+    for name in ("train", "heldout"):
+        save_features(path / "features" / f"replies_{name}.safetensors", readings)
+    made = fit(readings, emotions, fingerprint=fingerprint(model))
     made.save(path / "directions_response_mean.safetensors")
     units = collect(model, tokenizer, texts, made, position="response_mean")
     units.save(path / "circuits" / "units.safetensors")
@@ -88,6 +92,11 @@ def write_balance(path: Path) -> Path:
     settings = {"model": {"name": "synthetic/mllm"}, "batches": ["batch.safetensors"], "answers": {}, "seed": 0}
     write_json_atomic(path / "manifest.json", {"kind": "run", "settings": settings, "stages": {}})
     write_json_atomic(path / "balance.json", found)
+    way, sure, unsure = "share of <b>audio</b>'s attention to image", [0.9, 0.1], [0.4, 0.6]
+    rows = [{"name": f"batch.safetensors, row {i}", "before": sure, "after": {way: [sure, unsure]}} for i in range(6)]
+    moved = {"answers": ["anger", "fear"], "strengths": {way: [0.5, 1.0]}, "rows": rows,
+             "changed": {way: [interval(0.0), interval(0.9)]}}  # fmt: skip
+    write_json_atomic(path / "reallocation.json", moved)
     return path
 
 

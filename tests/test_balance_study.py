@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -14,7 +15,10 @@ from test_fluency import tokenizer as tokenizer  # a word-level tokenizer of the
 from emocircuits import cli
 from emocircuits.errors import InputError
 from emocircuits.models.load import Loaded
+from emocircuits.models.spans import ModalitySpans, placeholders
 from emocircuits.multimodal import plots, study
+from emocircuits.steering.policies import Multiply, Transfer
+from emocircuits.steering.reallocation import Reallocation
 
 WORDS = {"anger": "w20", "fear": "w31", "joy": "w47"}
 
@@ -49,9 +53,54 @@ def test_batches_give_one_summary_and_a_page(loaded: Loaded, tmp_path: Path) -> 
     assert "6 prompts" in page
     assert "attention of the last token" in page
     assert "So: " in page
+    assert "Answers changed by reallocation" in page
     (tmp_path / "run" / "balance.json").unlink()
     loaded.model.forward = None  # type: ignore[assignment]  # batches are not measured again
     study.run_balance(loaded, files, words, tmp_path / "run")
+
+
+def test_answers_under_reallocation_are_those_of_the_attached_model(loaded: Loaded, tmp_path: Path) -> None:
+    vocabulary = loaded.tokenizer.get_vocab()
+    words = dict(zip(WORDS, sorted(vocabulary, key=vocabulary.__getitem__)[20:23]))
+    files = batches(loaded, tmp_path)
+    study.run_balance(loaded, files, words, tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "reallocation.json").read_text())
+    assert found["answers"] == list(WORDS)
+    assert [r["name"] for r in found["rows"][2:4]] == ["batch0.safetensors, row 2", "batch1.safetensors, row 0"]
+
+    inputs = study.read_batch(files[1])
+    spans = ModalitySpans.of_ids(inputs["input_ids"], placeholders(loaded.model))
+    for way, strength, policy in (
+        ("attention to image, more: times", 10.0, Multiply({"image": 10.0})),
+        ("share of audio's attention to image", 0.75, Transfer("audio", "image", 0.75)),
+        (None, None, Multiply({"image": 1.0})),
+    ):
+        with torch.no_grad(), Reallocation(policy).attach(loaded.model, spans):
+            logits = loaded.model(**inputs).logits[:, -1, [vocabulary[w] for w in words.values()]]
+        rows = found["rows"][3:]
+        if way is None:
+            kept = [r["before"] for r in rows]
+        else:
+            kept = [r["after"][way][found["strengths"][way].index(strength)] for r in rows]
+        assert torch.tensor(kept) == pytest.approx(logits.softmax(-1), abs=1e-5)
+    hidden = [r["after"]["attention to audio, less: times"][-1] for r in found["rows"]]
+    moved = np.mean([np.argmax(a) != np.argmax(r["before"]) for a, r in zip(hidden, found["rows"])])
+    assert found["changed"]["attention to audio, less: times"][-1]["estimate"] == pytest.approx(moved)
+
+
+def test_a_run_from_before_reallocation_gets_it(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = loaded.tokenizer.get_vocab()
+    words = dict(zip(WORDS, sorted(vocabulary, key=vocabulary.__getitem__)[20:23]))
+    files, run = batches(loaded, tmp_path, 1), tmp_path / "run"
+    study.run_balance(loaded, files, words, run)
+    before = (run / "reallocation.json").read_text()
+    for stage in ("swept_0", "reallocation"):
+        (run / f"{stage}.json").unlink()
+    monkeypatch.setattr(study, "measure", None)  # batches are not measured again
+    study.run_balance(loaded, files, words, run)
+    assert (run / "reallocation.json").read_text() == before
 
 
 def test_files_that_are_no_batch_are_refused(loaded: Loaded, tmp_path: Path) -> None:

@@ -230,6 +230,26 @@ def test_a_model_that_is_gone_leaves_the_other_pages(home: Path, tmp_path: Path,
         well(at.switch_page(f"views/{view}.py").run())
 
 
+def test_readings_are_drawn_at_any_layer(home: Path, open_app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def points(at: Any) -> list[float]:
+        specs = [json.loads(c.proto.spec)["data"] for c in at.get("plotly_chart")]
+        return next(d[0]["x"] for d in specs if d[0].get("name") == "anger" and d[0].get("mode") == "markers")
+
+    at = open_app(home / "whole", "directions", layer="1")
+    at.segmented_control[0].set_value("Geometry").run()
+    well(at)
+    assert "Readings at layer 1, two principal components" in said(at)
+    first = points(at)
+    at.selectbox(key="map").set_value("UMAP").run(timeout=300)
+    well(at)
+    assert "Readings at layer 1, UMAP" in said(at)
+    assert points(at) != first
+    monkeypatch.setitem(sys.modules, "umap", None)
+    at.slider(key="layer").set_value(2).run()
+    well(at)
+    assert "pip install umap" in at.info[0].value.replace("\\", "")
+
+
 # ------------------------------------------------------------------------------------------------ with the model
 
 
@@ -377,7 +397,7 @@ def test_the_results_in_the_repository_are_shown(open_app: Any, name: str, view:
 
 
 def test_a_clip_is_seen_and_heard_and_its_answer_moves_with_the_strength(open_app: Any) -> None:
-    at = open_app(TESTBED, "modality", clip="00: voice anger, face sadness", policy="set point, last")
+    at = open_app(TESTBED, "modality", prompt="00: voice anger, face sadness", policy="set point, last")
     well(at)
     assert "Answer: **anger (92%)**" in said(at).replace("\\", "")
     assert len(at.get("image")) == 1
@@ -391,14 +411,29 @@ def test_a_clip_is_seen_and_heard_and_its_answer_moves_with_the_strength(open_ap
     assert at.select_slider[0].value == "off"
 
 
+def test_a_prompts_answer_changes_with_the_reallocation(home: Path, tmp_path: Path, open_app: Any) -> None:
+    at = open_app(home / "balance", "modality", prompt="batch.safetensors, row 3")
+    well(at)
+    assert "Answer: **anger (90%)**; as it is anger (90%)" in said(at).replace("\\", "")
+    at.select_slider[0].set_value("1").run()
+    well(at)
+    assert "Answer: **fear (60%)**; as it is anger (90%)" in said(at).replace("\\", "")
+    shutil.copytree(home / "balance", tmp_path / "old")
+    (tmp_path / "old" / "reallocation.json").unlink()
+    at = open_app(tmp_path / "old", "modality")
+    well(at)
+    assert "Reallocation was not measured in this run" in said(at)
+    assert not at.select_slider
+
+
 def test_a_testbed_without_media_or_clips_is_well(tmp_path: Path, open_app: Any) -> None:
-    for name in ("nano_mllm.json", "gallery.json"):
+    for name in ("nano_mllm.json", "reallocation.json"):
         shutil.copyfile(TESTBED / name, tmp_path / name)
     at = open_app(tmp_path, "modality")
     well(at)
     assert not at.get("image")
     assert not at.get("audio")
-    (tmp_path / "gallery.json").unlink()
+    (tmp_path / "reallocation.json").unlink()
     at = open_app(tmp_path, "modality")
     well(at)
     assert not at.select_slider

@@ -186,11 +186,11 @@ def test_page_shows_the_results():
 
 
 def test_the_gallery_shows_the_clips_that_were_answered(trained):
-    found = json.loads((RESULTS / "gallery.json").read_text())
+    found = json.loads((RESULTS / "reallocation.json").read_text())
     conflict = sets.evaluation_sets(sets.HELD_OUT, 1, 1, sets.Recipe(), ("conflict",))["conflict"]
     seeds = sets.clip_seeds("conflict", 1, 1)
-    assert found["emotions"] == list(EMOTIONS)
-    for i, clip in enumerate(found["clips"]):
+    assert found["answers"] == list(EMOTIONS)
+    for i, clip in enumerate(found["rows"]):
         assert (clip["voice"], clip["face"]) == (EMOTIONS[conflict.heard[i]], EMOTIONS[conflict.seen[i]])
         rate, sound = wavfile.read(RESULTS / "clips" / f"{clip['name']}.wav")
         made = clips.voice(clip["voice"], int(conflict.persons[i]), int(seeds[i]))
@@ -202,7 +202,7 @@ def test_the_gallery_shows_the_clips_that_were_answered(trained):
             "what is shown is what was asked about"
         )
     before = nano.label_probabilities(trained, conflict.items)
-    assert np.abs(before - [c["before"] for c in found["clips"]]).max() < 1e-3
+    assert np.abs(before - [c["before"] for c in found["rows"]]).max() < 1e-3
     way, strength = "set point, last", found["strengths"]["set point, last"].index(0.2)
     after = rebalance.probabilities(trained, conflict, Reallocation(SetPoint("audio", "image", 0.2), queries="last"))
-    assert np.abs(after - [c["after"][way][strength] for c in found["clips"]]).max() < 1e-3
+    assert np.abs(after - [c["after"][way][strength] for c in found["rows"]]).max() < 1e-3

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import streamlit as st
 
 from dashboards import findings, folders, livemodel
-from dashboards.shell import STRIP, choose, draw, lacking, level, missing, page, table
+from dashboards.shell import STRIP, choose, draw, lacking, level, missing, page, patiently, table
+from dashboards.words import md
 from emocircuits import live_plots, plots
+from emocircuits.errors import MissingPackageError
 from emocircuits.report import RunData
 
 VIEWS = ("Read a text", "Quality", "Geometry", "Words")
@@ -139,13 +142,33 @@ def _geometry(data: RunData) -> None:
             layer, cosines = quality["geometry"].get("layer"), quality["geometry"]["cosines"]
         draw(plots.geometry_map(cosines, emotions), f"Cosines between the emotions' directions at layer {layer}")
     with right:
-        if data.embedding and data.embedding.get("points"):
-            axes = findings.axes(data.embedding)
-            draw(plots.embedding_scatter(data.embedding["points"], axes),
-                 f"Readings at layer {data.embedding.get('layer')}, two principal components",
-                 "Open diamonds are held out: they were not used to fit the axes or the directions.")  # fmt: skip
+        found = _plane(data, emotions, layer)
+        if found and found.get("points"):
+            way = "UMAP" if found.get("method") == "umap" else "two principal components"
+            draw(plots.embedding_scatter(found["points"], findings.axes(found)),
+                 f"Readings at layer {found.get('layer')}, {way}",
+                 "Open diamonds are held out: they shaped neither the map nor the directions.")  # fmt: skip
     for name, values in (quality.get("cosines") or {}).items():
         draw(plots.split_half_map(values, emotions, quality["layers"]), f"Cosine of {name}")
+
+
+def _plane(data: RunData, emotions: Sequence[str], layer: int) -> Any:
+    """Readings in two dimensions at the chosen layer; what the run drew where it holds no readings."""
+    train, test = (livemodel.readings(data, held_out) for held_out in (False, True))
+    if train is None or test is None or layer not in train.layers:
+        return data.embedding
+    method = {"principal components": "pca", "UMAP": "umap"}[choose("Map", ("principal components", "UMAP"), "map")]
+    from emocircuits.projection import readings_plane
+
+    def drawn() -> dict[str, Any]:
+        return {**readings_plane(train, test, emotions, layer, method), "method": method}
+
+    try:
+        key = (str(data.path), folders.stamp(data.path), layer, method)
+        return patiently(key, drawn, "Drawing the map, a minute for the first by UMAP")
+    except MissingPackageError as error:
+        st.info(md(error))
+        return data.embedding
 
 
 # ------------------------------------------------------------------------------------------------ words

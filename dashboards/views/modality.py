@@ -9,7 +9,7 @@ from typing import Any
 import streamlit as st
 
 from dashboards import modality
-from dashboards.shell import choose, draw, page, source, step, table
+from dashboards.shell import choose, draw, missing, page, source, step, table
 from dashboards.words import md
 from emocircuits.multimodal import plots
 from emocircuits.report import RunData
@@ -26,11 +26,17 @@ def show(data: RunData) -> None:
     if folder is None:
         return
     kind, found = modality.read(folder)
+    moved = modality.reallocation(folder)
     if kind == "balance":
         _balance(found)
+        if moved is None:
+            missing("Reallocation was not measured in this run", "The same command adds it; batches are not measured "
+                    "again.", COMMAND.replace("runs/balance", str(folder)))  # fmt: skip
+        else:
+            _moved(folder, moved, "What moves the answer")
         return
-    if clips := modality.gallery(folder):
-        _clips(folder, clips)
+    if moved is not None:
+        _moved(folder, moved, "A clip whose voice and face disagree")
     _testbed(found)
 
 
@@ -49,30 +55,34 @@ def _balance(found: Mapping[str, Any]) -> None:
           "Attention says where a model looks; only taking something out says what the answer needs.")  # fmt: skip
 
 
-def _clips(folder: Path, found: Mapping[str, Any]) -> None:
-    """One clip whose voice and face disagree, and its answer under a reallocation of chosen strength."""
-    st.subheader("A clip whose voice and face disagree", anchor=False)
-    names = [modality.clip_name(c) for c in found["clips"]]
-    clip = found["clips"][names.index(choose("Clip", names, "clip"))]
-    left, right = st.columns([1, 2])
-    with left:
-        if picture := modality.media(folder, clip, ".png"):
-            st.image(str(picture), caption=f"face: {md(clip['face'])}", width=192)
-        if sound := modality.media(folder, clip, ".wav"):
-            st.audio(str(sound))
-            st.caption(f"voice: {md(clip['voice'])}")
+def _moved(folder: Path, found: Mapping[str, Any], title: str) -> None:
+    """One prompt, and its answer under a reallocation of chosen strength."""
+    st.subheader(title, anchor=False)
+    names = [modality.row_name(r) for r in found["rows"]]
+    row = found["rows"][names.index(choose("Prompt", names, "prompt"))]
+    picture, sound = (modality.media(folder, row, ending) for ending in (".png", ".wav"))
+    left, right = st.columns([1, 2]) if picture or sound else (None, st.container())
+    if left is not None:
+        with left:
+            if picture:
+                st.image(str(picture), caption=f"face: {md(row.get('face', ''))}", width=192)
+            if sound:
+                st.audio(str(sound))
+                st.caption(f"voice: {md(row.get('voice', ''))}")
     with right:
-        moved = md(f"Attention moved from {found['from']} to {found['to']} by")
-        way = choose(moved, list(found["strengths"]), "policy")
+        way = choose(md(found.get("way", "Reallocation")), list(found["strengths"]), "policy")
         strengths = ["off", *(f"{s:g}" for s in found["strengths"][way])]
         at = step("Strength", strengths, "strength")
-        after = clip["after"][way][at - 1] if at else clip["before"]
+        after = row["after"][way][at - 1] if at else row["before"]
         st.markdown(
-            f"Answer: **{md(modality.answer(found, after))}**; as it is {md(modality.answer(found, clip['before']))}."
+            f"Answer: **{md(modality.answer(found, after))}**; as it is {md(modality.answer(found, row['before']))}."
         )
-        answers = {"as it is": clip["before"]} | ({f"{way}, {strengths[at]}": after} if at else {})
-        draw(plots.answer_bars(answers, found["emotions"]), "Answers, without and with reallocation",
-             "Measured for every strength; Multiply and Transfer are the family of MoSEAR.")  # fmt: skip
+        answers = {"as it is": row["before"]} | ({f"{way} {strengths[at]}": after} if at else {})
+        draw(plots.answer_bars(answers, found["answers"]), "Answers, without and with reallocation",
+             "Measured for every strength; factors and transfers are the family of MoSEAR.")  # fmt: skip
+    if changed := found.get("changed"):
+        draw(plots.changed_bars({way: changed[way]}, found["strengths"]), f"How often {way} changes the answer",
+             f"Of {len(names)} prompts, with 95% intervals.")  # fmt: skip
 
 
 def _testbed(found: Mapping[str, Any]) -> None:

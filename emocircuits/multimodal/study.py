@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..models.load import Loaded
 from ..runs import Run
 from . import plots
 from .balance import MODES, Answers, Balance, measure
+from .sweep import sweep, ways
 
 Found = Mapping[str, Any]
 
@@ -46,28 +47,39 @@ def run_balance(
     loaded: Loaded, files: Sequence[str | Path], words: Mapping[str, str], out: str | Path, *, seed: int = 0,
     progress: Progress | None = None,
 ) -> Path:  # fmt: skip
-    """Measure every batch and write balance.json and report.html into `out`; returns the page.
+    """Measure every batch; write balance.json, reallocation.json and report.html into `out`, and return the page.
 
-    words: {label: the word that answers}. An interrupted run resumes with the batches that are left. Raises InputError
-    for batches whose prompts hold no modality.
+    words: {label: the word that answers}. An interrupted run resumes with the batches that are left, and one made
+    before reallocation was measured gets it. Raises InputError for batches whose prompts hold no modality.
     """
     answers = Answers.of_words(loaded.tokenizer, words)
     names = [str(Path(f).expanduser().resolve()) for f in files]
     run = Run(out, {"model": fingerprint(loaded.model), "batches": names, "answers": dict(words), "seed": seed})
-    task = progress.add_task("measuring", total=len(names)) if progress else None
-    parts = []
-    for i, name in enumerate(names):
-        parts.append(run.json_stage(f"batch_{i}", lambda n=name: _plain(_measured(loaded.model, n, answers, seed))))
-        if progress is not None and task is not None:
-            progress.advance(task)
+    task = progress.add_task("measuring", total=2 * len(names)) if progress else None
+
+    def each(stage: str, make: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
+        parts = []
+        for i, name in enumerate(names):
+            parts.append(run.json_stage(f"{stage}_{i}", lambda n=name: make(n)))
+            if progress is not None and task is not None:
+                progress.advance(task)
+        return parts
+
+    parts = each("batch", lambda n: _plain(_measured(loaded.model, n, answers, seed)))
     found = run.json_stage("balance", lambda: summary(parts, seed))
-    return artefact.write_text_atomic(run.file("report.html"), page(found, loaded.name))
+    swept = each("swept", lambda n: _swept(loaded.model, n, answers))
+    moved = run.json_stage("reallocation", lambda: reallocated(parts, swept, names, seed))
+    return artefact.write_text_atomic(run.file("report.html"), page(found, moved, loaded.name))
 
 
 def _measured(model: Any, path: str, answers: Answers, seed: int) -> Balance:
     batch = read_batch(path)
     modes = MODES if len(batch["input_ids"]) > 1 else tuple(m for m in MODES if m != "resample")
     return measure(model, batch, answers, modes=modes, seed=seed)
+
+
+def _swept(model: Any, path: str, answers: Answers) -> dict[str, Any]:
+    return {way: p.tolist() for way, p in sweep(model, read_batch(path), answers).items()}
 
 
 def _plain(found: Balance) -> dict[str, Any]:
@@ -104,15 +116,13 @@ def summary(parts: Sequence[Found], seed: int = 0) -> dict[str, Any]:
         {n: torch.cat([b.mass[n] for b in found]) for n in found[0].mass},
         {m: torch.cat([b.changed[m] for b in found]) for m in modes}, torch.cat([b.prior for b in found]),
     )  # fmt: skip
-    rows = [str(i) for i in range(len(whole.scores))]
 
     def mean(values: Tensor) -> dict[str, Any]:
-        return {k: number(v) if isinstance(v, float) else v
-                for k, v in asdict(clustered_bootstrap(values.numpy(), rows, seed=seed)).items()}  # fmt: skip
+        return _mean(values.numpy(), seed)
 
     every = {**whole.effects, "gradient": whole.gradient}
     return {
-        "n_rows": len(rows), "modalities": list(names), "answers": list(whole.answers),
+        "n_rows": len(whole.scores), "modalities": list(names), "answers": list(whole.answers),
         "effects": {m: {n: mean(e[:, i]) for i, n in enumerate(names)} for m, e in every.items()},
         "differences": {m: {n: mean(e[:, 0] - e[:, i]) for i, n in enumerate(names) if i} for m, e in every.items()},
         "changed": {m: {n: mean(c[:, i]) for i, n in enumerate(names)} for m, c in whole.changed.items()},
@@ -123,11 +133,34 @@ def summary(parts: Sequence[Found], seed: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def page(found: Found, model: str) -> str:
-    """balance.json as one self-contained HTML document."""
+def _mean(values: np.ndarray, seed: int) -> dict[str, Any]:
+    found = asdict(clustered_bootstrap(values, [str(i) for i in range(len(values))], seed=seed))
+    return {k: number(v) if isinstance(v, float) else v for k, v in found.items()}
+
+
+def reallocated(parts: Sequence[Found], swept: Sequence[Found], names: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """Every prompt's answers without and with reallocation, and how often each way and strength changes them."""
+    strengths = {way.name: list(way.strengths) for way in ways(parts[0]["modalities"])}
+    rows, changed = [], {}
+    for part, after, name in zip(parts, swept, names):
+        for i, scores in enumerate(part["scores"]):
+            moved = {way: [p[i] for p in after[way]] for way in strengths}
+            rows.append({"name": f"{Path(name).name}, row {i}", "before": np.exp(scores).tolist(), "after": moved})
+    before = np.array([row["before"] for row in rows]).argmax(-1)
+    for way in strengths:
+        after = np.array([row["after"][way] for row in rows]).argmax(-1)  # [rows, strengths]
+        changed[way] = [_mean((column != before).astype(float), seed) for column in after.T]
+    return {"answers": list(parts[0]["answers"]), "strengths": strengths, "changed": changed, "rows": rows}
+
+
+def page(found: Found, moved: Found, model: str) -> str:
+    """balance.json and reallocation.json as one self-contained HTML document."""
     made = Page(f"What drives the answers of {model}")
     made.add("effects", "What the answer needs", _effects(made, found))
     made.add("attention", "Where the last token looks", _attention(made, found))
+    bars = plots.changed_bars(moved["changed"], moved["strengths"])
+    said = "Share of prompts whose likeliest answer is another one when attention is moved before it answers."
+    made.add("reallocation", "What moves the answer", made.figure(bars, "Answers changed by reallocation", said))
     rows = [[esc(k), num(v)] for k, v in found["agreement"].items()]
     words = (
         "Spearman correlation over prompts and modalities. Attention says where a model looks; only taking something "

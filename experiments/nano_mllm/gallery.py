@@ -1,6 +1,6 @@
 """A few conflict clips to look at and listen to, and how the answer moves as attention is reallocated.
 
-python experiments/nano_mllm/gallery.py     # writes gallery.json and clips/ beside the results; a minute on one thread
+python experiments/nano_mllm/gallery.py     # writes reallocation.json and clips/; a minute on one thread
 
 The explorer's Modality page shows them. Clips are held-out people's; the six of a person differ in what the voice says.
 """
@@ -59,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "after": {w: [_plain(p[i]) for s, p in zip(tried, answers) if s.way == w] for w in _ways(tried)},
         })  # fmt: skip
     strengths = {way: [s.strength for s in tried if s.way == way] for way in _ways(tried)}
-    about = {"emotions": list(EMOTIONS), "from": source, "to": target, "strengths": strengths, "clips": made}
-    print(write_json_atomic(options.out / "gallery.json", about))
+    way = f"Attention moved from {source} to {target} by"
+    found = {"answers": list(EMOTIONS), "way": way, "strengths": strengths, "rows": made}
+    print(write_json_atomic(options.out / "reallocation.json", found))
 
 
 def _gap(model: Any, clips: EvaluationSet) -> float:
