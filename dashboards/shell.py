@@ -24,7 +24,8 @@ DEFAULT = "runs/demo"
 KEPT = 32  # results of slow work
 STRIP = 380
 """Pixels for a text of forty columns: what a phone has, and what reads well."""
-LEGEND = 70  # pixels that a legend of one line and the toolbar take
+TOOLBAR = 40  # pixels
+BELOW = {"x": 0, "y": 0, "yref": "container", "yanchor": "bottom"}  # grows upwards, and pushes the plot
 INK = {"dark": "#D5D9E0", "light": "#3A4150"}
 DAMAGE = (KeyError, TypeError, IndexError, ValueError, AttributeError)
 """What reading a run of another version, or an edited one, may raise."""
@@ -186,8 +187,8 @@ def draw(
     """
     fig.update_layout(font_color=ink())
     traces: Any = fig.data
-    if len(traces) > 1 and fig.layout.showlegend is not False:  # the legend stays clear of the toolbar above it
-        fig.update_layout(margin_t=LEGEND, height=(fig.layout.height or 360) + 22)
+    if len(traces) > 1 and fig.layout.showlegend is not False:  # on a phone it takes lines: away from the toolbar
+        fig.update_layout(legend=BELOW, margin_t=TOOLBAR, height=(fig.layout.height or 360) + TOOLBAR)
     for kind in ("bar", "heatmap"):  # plotly would pick dark words for pale grounds, also where those are on black
         fig.update_traces(textfont_color=ink(), selector={"type": kind})
     select: dict[str, Any] = {}

@@ -45,9 +45,10 @@ def markdown(report: Row, model: str) -> str:
     said.append(f"So many of {plan['width']} pass for each label: {counts}.")
     if apart := report.get("geometry", {}).get("separation"):
         said.append(
-            f"Decoder rows of the {apart['n']} latents that go with a label lie together by label: silhouette"
+            f"Silhouette of the decoder rows of the {apart['n']} latents that go with a label:"
             f" {_n(apart['silhouette'], '.3f')} (labels shuffled: {_n(apart['null_mean'], '.3f')},"
-            f" 95th percentile {_n(apart['null_high'], '.3f')}, p = {_n(apart['p'], '.2g')})."
+            f" 95th percentile {_n(apart['null_high'], '.3f')}, p = {_n(apart['p'], '.2g')}). At 0 they lie no nearer to"
+            " their own label than to the next one; 1 would be clusters of their own."
         )
     if report.get("steering"):
         said += ["Steering by each emotion's first latent, doses in its own maximum:", _steering(report["steering"])]

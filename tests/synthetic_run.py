@@ -93,7 +93,7 @@ def write_balance(path: Path) -> Path:
     write_json_atomic(path / "manifest.json", {"kind": "run", "settings": settings, "stages": {}})
     write_json_atomic(path / "balance.json", found)
     way, sure, unsure = "share of <b>audio</b>'s attention to image", [0.9, 0.1], [0.4, 0.6]
-    rows = [{"name": f"batch.safetensors, row {i}", "before": sure, "after": {way: [sure, unsure]}} for i in range(6)]
+    rows = [{"name": f"batch, row {i}", "before": sure, "after": {way: [sure, unsure]}} for i in range(6)]
     moved = {"answers": ["anger", "fear"], "strengths": {way: [0.5, 1.0]}, "rows": rows,
              "changed": {way: [interval(0.0), interval(0.9)]}}  # fmt: skip
     write_json_atomic(path / "reallocation.json", moved)

@@ -66,7 +66,7 @@ def test_answers_under_reallocation_are_those_of_the_attached_model(loaded: Load
     study.run_balance(loaded, files, words, tmp_path / "run")
     found = json.loads((tmp_path / "run" / "reallocation.json").read_text())
     assert found["answers"] == list(WORDS)
-    assert [r["name"] for r in found["rows"][2:4]] == ["batch0.safetensors, row 2", "batch1.safetensors, row 0"]
+    assert [r["name"] for r in found["rows"][2:4]] == ["batch0, row 2", "batch1, row 0"]
 
     inputs = study.read_batch(files[1])
     spans = ModalitySpans.of_ids(inputs["input_ids"], placeholders(loaded.model))

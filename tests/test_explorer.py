@@ -412,13 +412,17 @@ def test_a_clip_is_seen_and_heard_and_its_answer_moves_with_the_strength(open_ap
 
 
 def test_a_prompts_answer_changes_with_the_reallocation(home: Path, tmp_path: Path, open_app: Any) -> None:
-    at = open_app(home / "balance", "modality", prompt="batch.safetensors, row 3")
+    at = open_app(home / "balance", "modality", prompt="batch, row 3")
     well(at)
     assert "Answer: **anger (90%)**; as it is anger (90%)" in said(at).replace("\\", "")
     at.select_slider[0].set_value("1").run()
     well(at)
     assert "Answer: **fear (60%)**; as it is anger (90%)" in said(at).replace("\\", "")
     shutil.copytree(home / "balance", tmp_path / "old")
+    (tmp_path / "old" / "clips").mkdir()
+    shutil.copyfile(TESTBED / "clips" / "00.png", tmp_path / "old" / "clips" / "batch, row 3.png")
+    assert len(open_app(tmp_path / "old", "modality", prompt="batch, row 3").get("image")) == 1
+    assert not open_app(tmp_path / "old", "modality", prompt="batch, row 2").get("image")
     (tmp_path / "old" / "reallocation.json").unlink()
     at = open_app(tmp_path / "old", "modality")
     well(at)

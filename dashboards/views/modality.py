@@ -65,10 +65,10 @@ def _moved(folder: Path, found: Mapping[str, Any], title: str) -> None:
     if left is not None:
         with left:
             if picture:
-                st.image(str(picture), caption=f"face: {md(row.get('face', ''))}", width=192)
+                st.image(str(picture), caption=f"face: {md(row['face'])}" if "face" in row else None, width=192)
             if sound:
                 st.audio(str(sound))
-                st.caption(f"voice: {md(row.get('voice', ''))}")
+                st.caption(f"voice: {md(row['voice'])}" if "voice" in row else "")
     with right:
         way = choose(md(found.get("way", "Reallocation")), list(found["strengths"]), "policy")
         strengths = ["off", *(f"{s:g}" for s in found["strengths"][way])]

@@ -57,7 +57,8 @@ def _one(folder: Path) -> None:
             "Bars are filled where they pass the null at 5 %; dashes are what two samples of the same size differ by.",
         )  # fmt: skip
         shares = (trace.get("sampled") or trace["forced"])["shares"]
-        draw(plots.answers_along(shares, trace["truth"]), "Answers along the trace", "The right one is drawn thick.")
+        answers = plots.answers_along(shares, trace["truth"], asked=not trace.get("sampled"))
+        draw(answers, "Answers along the trace", "The right one is drawn thick.")
     st.subheader(f"Step {step}", anchor=False)
     st.markdown(md(steps[step]))
     table(reasoning.step_row(trace, step), "What is known about it")

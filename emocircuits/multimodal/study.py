@@ -141,11 +141,13 @@ def _mean(values: np.ndarray, seed: int) -> dict[str, Any]:
 def reallocated(parts: Sequence[Found], swept: Sequence[Found], names: Sequence[str], seed: int = 0) -> dict[str, Any]:
     """Every prompt's answers without and with reallocation, and how often each way and strength changes them."""
     strengths = {way.name: list(way.strengths) for way in ways(parts[0]["modalities"])}
-    rows, changed = [], {}
-    for part, after, name in zip(parts, swept, names):
+    rows, changed, stems = [], {}, [Path(name).stem for name in names]
+    if len(set(stems)) < len(stems):
+        stems = [f"{stem} {k}" for k, stem in enumerate(stems)]
+    for part, after, stem in zip(parts, swept, stems):
         for i, scores in enumerate(part["scores"]):
             moved = {way: [p[i] for p in after[way]] for way in strengths}
-            rows.append({"name": f"{Path(name).name}, row {i}", "before": np.exp(scores).tolist(), "after": moved})
+            rows.append({"name": f"{stem}, row {i}", "before": np.exp(scores).tolist(), "after": moved})
     before = np.array([row["before"] for row in rows]).argmax(-1)
     for way in strengths:
         after = np.array([row["after"][way] for row in rows]).argmax(-1)  # [rows, strengths]

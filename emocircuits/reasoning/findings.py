@@ -324,7 +324,8 @@ def _receivers(made: Page, found: Part) -> str:
 def _trace(made: Page, part: Part) -> str:
     steps, body = part["steps"], ""
     shares = part["sampled"]["shares"] if "sampled" in part else part["forced"]["shares"]
-    body += made.figure(plots.answers_along(shares, part["truth"]), "Answers along the trace")
+    answers = plots.answers_along(shares, part["truth"], asked="sampled" not in part)
+    body += made.figure(answers, "Answers along the trace")
     rows = part["sampled"]["resampling"] if "sampled" in part else part["forced"]["kl"]
     body += made.figure(plots.importance_along(steps, rows), "Importance of each step")
     kl = part["suppression"]["kl"]

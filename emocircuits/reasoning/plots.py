@@ -38,9 +38,14 @@ def importance_along(steps: Sequence[str], rows: Sequence[Row], name: str = "imp
     return fig.update_layout(bargap=0.25)
 
 
-def answers_along(shares: Mapping[str, Sequence[float | None]], truth: str | None = None, most: int = 8) -> go.Figure:
-    """Share of each answer at every boundary (step k begins at k); the right one is drawn thick."""
-    fig = figure("steps known", "share of rollouts", 320)
+def answers_along(
+    shares: Mapping[str, Sequence[float | None]], truth: str | None = None, *, asked: bool = False, most: int = 8
+) -> go.Figure:
+    """Each answer at every boundary (step k begins at k); the right one is drawn thick.
+
+    asked: the answers were asked for at once and not reached by reasoning on, so these are no shares of rollouts.
+    """
+    fig = figure("steps known", "probability when asked at once" if asked else "share of rollouts", 320)
     for i, (answer, curve) in enumerate(list(shares.items())[:most]):
         fig.add_scatter(
             x=list(range(len(curve))), y=numbers(curve), name=_short(answer, 24), mode="lines+markers",
