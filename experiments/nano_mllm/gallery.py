@@ -21,7 +21,7 @@ from evaluate import RESULTS, recipe_of
 from model import CHECKPOINT, label_probabilities, load
 from PIL import Image
 from scipy.io import wavfile
-from sets import HELD_OUT, VALIDATION, EvaluationSet, clip_seeds, evaluation_sets
+from sets import HELD_OUT, VALIDATION, EvaluationSet, Recipe, clip_seeds, evaluation_sets
 
 from emocircuits.artefact import write_json_atomic
 
@@ -47,21 +47,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder, made = options.out / "clips", []
     folder.mkdir(parents=True, exist_ok=True)
     for i, seed in enumerate(clip_seeds("conflict", options.persons, options.seed)):
-        heard, seen, person = (int(x[i]) for x in (conflict.heard, conflict.seen, conflict.persons))
-        picture = face(EMOTIONS[seen], person, int(seed), recipe.faces)
-        Image.fromarray(picture).resize([SCALE * n for n in picture.shape[:2]], Image.Resampling.NEAREST).save(
-            folder / f"{i:02d}.png"
-        )
-        sound = voice(EMOTIONS[heard], person, int(seed), recipe.voices)
-        wavfile.write(folder / f"{i:02d}.wav", RATE, (sound * 32767).astype(np.int16))
+        heard, seen = write_media(folder / f"{i:02d}", conflict, i, int(seed), recipe)
         made.append({
-            "name": f"{i:02d}", "voice": EMOTIONS[heard], "face": EMOTIONS[seen], "before": _plain(before[i]),
+            "name": f"{i:02d}", "voice": heard, "face": seen, "before": _plain(before[i]),
             "after": {w: [_plain(p[i]) for s, p in zip(tried, answers) if s.way == w] for w in _ways(tried)},
         })  # fmt: skip
     strengths = {way: [s.strength for s in tried if s.way == way] for way in _ways(tried)}
     way = f"Attention moved from {source} to {target} by"
     found = {"answers": list(EMOTIONS), "way": way, "strengths": strengths, "rows": made}
     print(write_json_atomic(options.out / "reallocation.json", found))
+
+
+def write_media(stem: Path, clips: EvaluationSet, i: int, seed: int, recipe: Recipe) -> tuple[str, str]:
+    """Picture (.png) and sound (.wav) of one clip; returns the emotions of its voice and its face."""
+    heard, seen, person = EMOTIONS[clips.heard[i]], EMOTIONS[clips.seen[i]], int(clips.persons[i])
+    picture = face(seen, person, seed, recipe.faces)
+    scaled = Image.fromarray(picture).resize([SCALE * n for n in picture.shape[:2]], Image.Resampling.NEAREST)
+    scaled.save(stem.with_name(f"{stem.name}.png"))
+    sound = voice(heard, person, seed, recipe.voices)
+    wavfile.write(stem.with_name(f"{stem.name}.wav"), RATE, (sound * 32767).astype(np.int16))
+    return heard, seen
 
 
 def _gap(model: Any, clips: EvaluationSet) -> float:
