@@ -47,8 +47,8 @@ def markdown(report: Row, model: str) -> str:
         said.append(
             f"Silhouette of the decoder rows of the {apart['n']} latents that go with a label:"
             f" {_n(apart['silhouette'], '.3f')} (labels shuffled: {_n(apart['null_mean'], '.3f')},"
-            f" 95th percentile {_n(apart['null_high'], '.3f')}, p = {_n(apart['p'], '.2g')}). At 0 they lie no nearer to"
-            " their own label than to the next one; 1 would be clusters of their own."
+            f" 95th percentile {_n(apart['null_high'], '.3f')}, p = {_n(apart['p'], '.2g')}). At 0 they lie no nearer"
+            " to their own label than to the next one; 1 would be clusters of their own."
         )
     if report.get("steering"):
         said += ["Steering by each emotion's first latent, doses in its own maximum:", _steering(report["steering"])]
