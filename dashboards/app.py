@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from dashboards.shell import DEFAULT, missing, place
+from dashboards.shell import DEFAULT, choose, missing, place
 from dashboards.words import md
 from emocircuits.errors import InputError
 
@@ -53,9 +53,9 @@ def main() -> None:
         missing("Make a run", "About ten minutes on two cores with the demo model; --small is a quick look.",
                 f"emocircuits demo --out {DEFAULT}\nemocircuits explore {DEFAULT}")  # fmt: skip
         return
-    if st.session_state.get("run", here.names[0]) not in here.names:
-        del st.session_state["run"]
-    st.sidebar.selectbox("Run", here.names, key="run", bind="query-params", help="Runs in the same folder.")
+    with st.sidebar:
+        choose("Run", here.names, "run", help="Runs in the same folder.")
+        choose("Pictures are saved as", ("SVG", "PNG"), "pictures", help="By the camera above each figure.")
     chosen.run()
 
 

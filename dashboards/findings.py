@@ -190,3 +190,11 @@ def axes(embedding: Mapping[str, Any]) -> tuple[str, str]:
         f"PC {i + 1}" + ("" if v is None else f" ({v:.0%} of the variance)") for i, v in enumerate(found[:2])
     )
     return first, second
+
+
+def token_rows(found: Any, layer: int) -> list[dict[str, Any]]:
+    """What a text carries (`live.along`), token by token; surprisal is no emotion, so it says its unit."""
+    return [
+        {"token": piece, **dict(zip(found.emotions, row)), "surprisal, nats": float(nats)}
+        for piece, nats, row in zip(found.pieces, found.surprise, found.at(layer).tolist())
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 import streamlit as st
 
 from dashboards import folders
+from dashboards.exports import figure_csv
 from dashboards.words import file_name, md
 from emocircuits.errors import EmocircuitsError
 from emocircuits.report import RunData
@@ -24,10 +25,13 @@ DEFAULT = "runs/demo"
 KEPT = 32  # results of slow work
 STRIP = 380
 """Pixels for a text of forty columns: what a phone has, and what reads well."""
-TOOLBAR = 40  # pixels
+TOOLBAR = 34  # pixels
 BELOW = {"x": 0, "y": 0, "yref": "container", "yanchor": "bottom"}  # grows upwards, and pushes the plot
-INK = {"dark": "#D5D9E0", "light": "#3A4150"}
-DAMAGE = (KeyError, TypeError, IndexError, ValueError, AttributeError)
+LEGEND = 24
+INK = "#3A4150"
+"""Words of a saved picture, which lies on paper. On the page they take the page's colour, whatever the theme."""
+STYLE = "<style>.js-plotly-plot .main-svg > g:not(.hoverlayer) text { fill: currentColor !important; }</style>"
+DAMAGE = (KeyError, TypeError, IndexError, ValueError, AttributeError, ArithmeticError, OSError)
 """What reading a run of another version, or an edited one, may raise."""
 
 
@@ -53,6 +57,8 @@ def opened(folder: Path) -> RunData:
 def page(title: str, show: Callable[[RunData], None]) -> None:
     """Run a page on the chosen run; whatever the run lacks or holds wrongly becomes a sentence."""
     st.header(title, anchor=False)
+    st.html(STYLE)
+    st.session_state["figures"] = 0
     try:
         here = place()
         data = opened(here.root / st.session_state.get("run", here.names[0]))
@@ -125,51 +131,70 @@ def patiently(key: Any, make: Callable[[], T], doing: str) -> T:
 # ------------------------------------------------------------------------------------------------------ choices
 
 
-def choose(label: str, options: Sequence[Any], key: str, *, default: Any = None, buttons: bool = False) -> Any:
+def choose(
+    label: str, options: Sequence[Any], key: str, *, default: Any = None, buttons: bool = False, **more: Any
+) -> Any:
     """One of the options, kept in the URL under `key`; what the URL holds and is no option is ignored.
 
     buttons: for a few words of our own only, since the labels of buttons are Markdown.
     """
     names = [str(o) for o in options]
-    if st.session_state.get(key, names[0]) not in names:  # another run, or a page whose options changed
-        del st.session_state[key]
-    first = names.index(str(default)) if default is not None and str(default) in names else 0
+    first = str(default) if default is not None and str(default) in names else names[0]
+    linked(key, first, lambda given: given if given in names else None)
     if buttons:
-        found = st.segmented_control(
-            label,
-            names,
-            key=key,
-            default=names[first],
-            required=True,
-            bind="query-params",
-            label_visibility="collapsed",
-        )
+        found = st.segmented_control(label, names, key=key, required=True, label_visibility="collapsed", **more)
     else:
-        found = st.selectbox(label, names, key=key, index=first, bind="query-params")
-    return options[names.index(found)] if found in names else options[first]
+        found = st.selectbox(label, names, key=key, **more)
+    return options[names.index(written(key, found if found in names else first))]
 
 
 def level(label: str, low: float, high: float, value: float, key: str, step: float = 1, **more: Any) -> Any:
     """A number from a slider, kept in the URL under `key`."""
-    if not low <= st.session_state.get(key, value) <= high:
-        del st.session_state[key]
-    return st.slider(label, low, high, value, step, key=key, bind="query-params", **more)
+
+    def parsed(given: Any) -> float | None:
+        try:
+            found = type(value)(given)
+        except (TypeError, ValueError, OverflowError):
+            return None
+        return found if low <= found <= high else None
+
+    linked(key, value, parsed)
+    return written(key, st.slider(label, low, high, step=step, key=key, **more))
 
 
 def step(label: str, options: Sequence[str], key: str) -> int:
     """The place of one of the options on a slider, kept in the URL under `key`; the first when the URL holds none."""
-    if st.session_state.get(key, options[0]) not in options:
-        del st.session_state[key]
-    found = st.select_slider(label, options, key=key, bind="query-params")
-    return options.index(found) if found in options else 0
+    linked(key, options[0], lambda given: given if given in options else None)
+    return options.index(written(key, st.select_slider(label, options, key=key)))
+
+
+def linked(key: str, value: Any, parsed: Callable[[Any], Any]) -> None:
+    """Before a widget is drawn: its state from a link (or the browser's back button), else what was chosen, else value.
+
+    Streamlit's own binding leaves defaults out of the address, and ours depend on the run. parsed: None for no value.
+    """
+    last, given = st.session_state.setdefault("written", {}), st.query_params.get(key)
+    sources = [st.session_state.get(key), last.get(key)]
+    if given is not None and given != str(last.get(key)):  # somebody else wrote the address
+        sources.insert(0, given)
+    st.session_state[key] = next((v for s in sources if s is not None and (v := parsed(s)) is not None), value)
+
+
+def written(key: str, value: T) -> T:
+    """After a widget was drawn: its value goes into the address, defaults as well."""
+    st.session_state["written"][key] = value
+    if st.query_params.get(key) != str(value):
+        st.query_params[key] = str(value)
+    return value
 
 
 # ------------------------------------------------------------------------------------------------------ showing
 
 
-def ink() -> str:
-    """The colour of words inside figures, for the reader's theme."""
-    return INK["dark" if getattr(st.context.theme, "type", None) == "dark" else "light"]
+def cells(things: Sequence[T], n: int) -> Iterator[tuple[T, Any]]:
+    """Each thing and its place, n to a row; a phone stacks them in their order."""
+    for start in range(0, len(things), n):
+        yield from zip(things[start : start + n], st.columns(n))
 
 
 def draw(
@@ -181,31 +206,48 @@ def draw(
     on_click: Callable[[], None] | None = None,
     width: Any = "stretch",
 ) -> None:
-    """A figure with its name; the toolbar saves it as SVG. Words in `label` and `caption` are plain text.
+    """A figure with its name; the toolbar saves the picture, a button the numbers. `label` and `caption` are plain text.
 
     on_click is called when a point was clicked; the event is in the session state under `key`. width: pixels at most.
     """
-    fig.update_layout(font_color=ink())
+    fig.update_layout(font_color=INK)
     traces: Any = fig.data
+    top, grow = fig.layout.margin.t or 0, 0
     if len(traces) > 1 and fig.layout.showlegend is not False:  # on a phone it takes lines: away from the toolbar
-        fig.update_layout(legend=BELOW, margin_t=TOOLBAR, height=(fig.layout.height or 360) + TOOLBAR)
-    for kind in ("bar", "heatmap"):  # plotly would pick dark words for pale grounds, also where those are on black
-        fig.update_traces(textfont_color=ink(), selector={"type": kind})
+        fig.update_layout(legend=BELOW)
+        grow = LEGEND
+    fig.update_layout(margin_t=max(top, TOOLBAR), height=(fig.layout.height or 360) + grow + max(0, TOOLBAR - top))
+    for kind in (
+        "bar",
+        "heatmap",
+    ):  # plotly would pick pale words for dark cells; the page's colour reads on all of them
+        fig.update_traces(textfont_color=INK, selector={"type": kind})
     select: dict[str, Any] = {}
     if on_click is not None:
         fig.update_xaxes(fixedrange=True).update_yaxes(fixedrange=True)  # a touch scrolls the page, not the figure
         select = {"on_select": on_click, "selection_mode": "points"}
     st.plotly_chart(fig, theme=None, key=key, alt=label, width=width, config=toolbar(label), **select)
-    st.caption(f"**{md(label)}**" + (f". {md(caption)}" if caption else ""))
+    with st.container(horizontal=True):
+        st.caption(f"**{md(label)}**" + (f". {md(caption)}" if caption else ""))
+        st.session_state["figures"] = place = st.session_state.get("figures", 0) + 1
+        st.download_button(
+            "CSV", lambda: figure_csv(fig), f"{file_name(label)}.csv", "text/csv", key=f"csv-{place}", type="tertiary",
+            on_click="ignore", help="The figure's numbers", icon=":material/download:",
+        )  # fmt: skip
 
 
 def toolbar(label: str) -> dict[str, Any]:
-    """Plotly's settings: no logo, and pictures as SVG named after the figure."""
+    """Plotly's settings: no logo, and pictures named after the figure, as SVG or PNG."""
+    picture = "png" if st.session_state.get("pictures") == "PNG" else "svg"
     away = ["zoom2d", "pan2d", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d", "resetScale2d"]
     return {
         "displaylogo": False,
         "modeBarButtonsToRemove": away,
-        "toImageButtonOptions": {"format": "svg", "filename": file_name(label)},
+        "toImageButtonOptions": {
+            "format": picture,
+            "filename": file_name(label),
+            "scale": 1 if picture == "svg" else 3,
+        },
     }
 
 

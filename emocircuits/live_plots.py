@@ -133,8 +133,10 @@ def mix_bars(before: Mapping[str, float], after: Mapping[str, float]) -> go.Figu
     for name, found, ground in (("unsteered", before, 0.25), ("steered", after, 0.9)):
         colors = [emotion_color(e) for e in found]
         fig.add_bar(
-            x=[text(e) for e in found], y=numbers(found.values()), name=name,
+            x=[text(e) for e in found], y=numbers(found.values()), name=name, showlegend=False,
             marker={"color": [alpha(c, ground) for c in colors], "line": {"color": colors, "width": 1}},
             hovertemplate="%{x}: %{y:+.3f}<extra>" + name + "</extra>",
         )  # fmt: skip
+        shade = {"color": alpha(QUIET, ground), "symbol": "square", "size": 11, "line": {"color": QUIET, "width": 1}}
+        fig.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=shade)
     return fig.update_layout(barmode="group", bargap=0.25).update_xaxes(showgrid=False)

@@ -70,14 +70,10 @@ def _read(data: RunData) -> None:
     with st.expander("All layers, and how surprising each token is"):
         draw(live_plots.layer_map(found.scores[:, :, at].tolist(), found.layers, found.pieces), f"{emotion} by layer")
         draw(
-            live_plots.token_strip(found.pieces, found.surprise.nan_to_num().tolist()), "Surprise of each token",
+            live_plots.token_strip(found.pieces, found.surprise.nan_to_num().tolist()), "Surprisal of each token",
             f"In nats; perplexity of the text {found.perplexity:.1f}.", width=STRIP,
         )  # fmt: skip
-    rows = [
-        {"token": piece, "surprise": float(s), **dict(zip(found.emotions, row))}
-        for piece, s, row in zip(found.pieces, found.surprise, scores.tolist())
-    ]
-    table(rows, f"Numbers at layer {layer}", "In units of the residual norm.")
+    table(findings.token_rows(found, layer), f"Numbers at layer {layer}", "Emotions in units of the residual norm.")
 
 
 def _best_layer(data: RunData, made: Any) -> int:

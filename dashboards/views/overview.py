@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from dashboards import findings, folders
-from dashboards.shell import choose, draw, lacking, page, table
+from dashboards.shell import cells, choose, draw, lacking, page, table
 from dashboards.words import md, plain
 from emocircuits import plots
 from emocircuits.report import RunData, headline
@@ -64,9 +64,8 @@ def _cost(data: RunData) -> None:
         ),
         "What expression costs", "One point per setting of one emotion; left and up is better.",
     )  # fmt: skip
-    left, right = st.columns(2)
-    for i, (measure, label) in enumerate(DOSES.items()):
-        with (left, right)[i % 2]:
+    for (measure, label), place in cells(list(DOSES.items()), 2):
+        with place:
             draw(plots.dose_response(rows, measure), f"{label} against strength",
                  "Left of 0 the direction is subtracted; 1 is the chosen strength.")  # fmt: skip
 
@@ -77,7 +76,7 @@ def _texts(data: RunData) -> None:
     rows = data.texts or []
     emotion = choose("Emotion", data.emotions, "emotion")
     known = findings.scenarios(rows)
-    scenario = choose("Scenario", list(known), "scenario")
+    scenario = choose("Scenario", list(known), "scenario", format_func=lambda key: " ".join(known[key].split())[:90])
     st.caption("The prompt, then what each method wrote.")
     st.text(known[scenario])
     for row in findings.side_by_side(rows, scenario, emotion):
@@ -106,12 +105,11 @@ def _judge(data: RunData) -> None:
           "recall, held-out replies": findings.num((held_out.get("recall") or {}).get(e), ".0%")} for e in names],
         "Reliability of the judge",
     )  # fmt: skip
-    left, right = st.columns(2)
-    for i, (name, scores) in enumerate(data.methods.items()):
-        if (scores.get("confusion") or {}).get("counts"):
-            with (left, right)[i % 2]:
-                draw(plots.confusion_map(scores["confusion"]), f"Confusions, {name}",
-                     "Rows are the wanted emotion, columns what the judge read; numbers are texts.")  # fmt: skip
+    confused = {m: s["confusion"] for m, s in data.methods.items() if (s.get("confusion") or {}).get("counts")}
+    for (name, counts), place in cells(list(confused.items()), 2):
+        with place:
+            draw(plots.confusion_map(counts), f"Confusions, {name}",
+                 "Rows are the wanted emotion, columns what the judge read; numbers are texts.")  # fmt: skip
 
 
 if __name__ == "__main__":

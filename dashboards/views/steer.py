@@ -11,7 +11,7 @@ from typing import Any
 import streamlit as st
 
 from dashboards import folders, livemodel, mixing
-from dashboards.shell import STRIP, choose, draw, level, missing, page
+from dashboards.shell import STRIP, cells, choose, draw, level, missing, page
 from dashboards.words import file_name, md, num
 from emocircuits import live_plots, plots
 from emocircuits.report import RunData
@@ -49,7 +49,13 @@ def show(data: RunData) -> None:
                       seed, lambda row, text: boxes[row].text(text))  # fmt: skip
 
     key = (str(data.path), way, prompt, chat, seed, positions, strength, tuple(weights.items()), str(decoding))
+    if asked and not prompt.strip():
+        st.info("There is nothing to go on from: give a prompt.")
+        asked = False
+    known = livemodel.remembered(key, False, lambda: None) is not None
     found = livemodel.remembered(key, asked, lambda: livemodel.with_model(data, write, "Writing", made_for))
+    if asked and known:
+        st.caption("The same settings give the same texts; another seed, under *How it is written*, gives others.")
     if found is not None:
         for box, text in zip(boxes, found.texts):
             box.text(text)
@@ -72,16 +78,16 @@ def _steerers(data: RunData) -> tuple[str, dict[str, Any]]:
         ways["circuits"] = lambda: mixing.from_circuits(data, circuits, units)
     if not ways:
         return "", {}
-    way = choose("Steer with", tuple(ways), "with", buttons=True)
+    way = choose("Steer with", tuple(ways), "with", buttons=True) if len(ways) > 1 else next(iter(ways))
     return way, ways[way]()
 
 
 def _mixer(steerers: dict[str, Any]) -> tuple[dict[str, float], float]:
     st.caption("1 is the strength that the run chose for the emotion; below 0 the emotion is taken away.")
-    columns, weights = st.columns(3), {}
-    for i, emotion in enumerate(steerers):
-        with columns[i % 3]:
-            weights[emotion] = level(md(emotion), -2.0, 2.0, 0.0 if i else 1.0, f"mix-{emotion}", 0.25)
+    weights = {}
+    for emotion, place in cells(list(steerers), 3):
+        with place:
+            weights[emotion] = level(md(emotion), -2.0, 2.0, 0.0 if weights else 1.0, f"mix-{emotion}", 0.25)
     return weights, level("Strength of the whole mix", 0.0, 3.0, 1.0, "strength", 0.1)
 
 
@@ -148,8 +154,9 @@ def _fluency(data: RunData, found: Written) -> None:
     if steered.limit is not None:
         share = math.log(max(steered.perplexity, 1.0)) / math.log(max(steered.limit, 1.0 + 1e-9))
         place = 1.0 if math.isnan(share) else min(max(share, 0.0), 1.0)
-        verdict = f"degenerate: {steered.reason}" if steered.reason else "fluent by the run's rule"
-        st.progress(place, md(f"{verdict} (perplexity may reach {num(steered.limit, '.0f')})"))
+        rule = md(f"(perplexity may reach {num(steered.limit, '.0f')})")
+        broken = f":red[:material/error: {md(f'degenerate: {steered.reason}')}]"
+        st.progress(place, f"{broken if steered.reason else md('fluent by the rule of the run')} {rule}")
     st.caption("How odd the text is to the model as it is; repetition is easy to predict, so read the text, too.")
 
 
