@@ -41,19 +41,23 @@ def emotion_rows(found: Found) -> list[Row]:
 
 
 def matching(found: Found, words: str) -> list[tuple[str, Row]]:
-    """(emotion, latent's row) of those whose emotion, words or top steps hold all of the words asked for."""
-    asked = words.casefold().split()
-    every = [(e, r) for e, rows in found["features"]["emotions"].items() for r in rows]
+    """(label, latent's row) of those whose label, words or top steps hold all of the words asked for.
 
-    def told(emotion: str, row: Found) -> str:
-        return " ".join([emotion, str(row["latent"]), *row["words"], *(t["text"] for t in row["top"])]).casefold()
+    Labels are emotions and kinds of reasoning steps; for the latter no top steps are stored.
+    """
+    asked, tables = words.casefold().split(), found["features"]
+    every = [(e, r) for part in ("emotions", "appraisals") for e, rows in tables[part].items() for r in rows]
+
+    def told(label: str, row: Found) -> str:
+        texts = (t["text"] for t in row.get("top") or [])
+        return " ".join([label, str(row["latent"]), *row["words"], *texts]).casefold()
 
     return [(e, r) for e, r in every if all(word in told(e, r) for word in asked)]
 
 
 def top_rows(row: Found) -> list[Row]:
     """The steps that drive a latent most."""
-    return [{"activation": t["activation"], "label": t["label"], "text": t["text"]} for t in row["top"]]
+    return [{"activation": t["activation"], "label": t["label"], "text": t["text"]} for t in row.get("top") or []]
 
 
 def appraisal_rows(found: Found) -> list[Row]:
@@ -72,8 +76,11 @@ def verdict(steered: Found) -> str:
     again = steered["confirmed"]
     where = f"at dose {num(steered['best_dose'], '.1f')} on {again['scenarios']} scenarios that did not choose it"
     if again["survives_every_control"]:
-        return f"It beats no steering, random directions and matched latents {where} (paired tests, Holm); {trend}."
-    weak = ", ".join(f"{m} (p = {num(d['p'], '.2g')})" for m, d in again["differences"].items() if d["p"] > 0.05)
+        return f"It beats the unsteered texts, random directions and matched latents {where} (paired, Holm); {trend}."
+    names = {"none": "the unsteered texts", "random": "random directions"}
+    weak = ", ".join(
+        f"{names.get(m, m)} (p = {num(d['p'], '.2g')})" for m, d in again["differences"].items() if d["p"] > 0.05
+    )
     return f"It does not beat every control {where}: {weak or 'a difference is negative'}; {trend}."
 
 
@@ -92,7 +99,7 @@ def separation(found: Found) -> str:
     if apart is None:
         return "Too few latents go with a label to say whether those of one lie together."
     return (
-        f"Silhouette of the {apart['n']} latents that go with a label: {num(apart['silhouette'], '.3f')}; labels "
-        f"shuffled {num(apart['null_mean'], '.3f')}, 95th percentile {num(apart['null_high'], '.3f')} "
+        f"Silhouette of the {apart['n']} latents that go with a label: {num(apart['silhouette'], '.4f')}; labels "
+        f"shuffled {num(apart['null_mean'], '.4f')}, 95th percentile {num(apart['null_high'], '.4f')} "
         f"(p = {num(apart['p'], '.2g')})."
     )

@@ -11,6 +11,7 @@ from dashboards.words import num, plain, rate
 from emocircuits.artefact import read_json
 
 Row = dict[str, Any]
+STEP = "strength, from the weakest"
 SCORES = {
     "audio": "accuracy, voice alone", "image": "accuracy, face alone", "consistent": "accuracy, voice and face agree",
     "as voice": "conflict: answered with the voice's emotion", "as face": "conflict: answered with the face's emotion",
@@ -59,7 +60,14 @@ def score_rows(found: Mapping[str, Any]) -> list[Row]:
 def curve_rows(found: Mapping[str, Any]) -> list[Row]:
     """The validation sweep in the form of `multimodal.plots.gap_curve`; its gaps have no intervals."""
     sweep = (found.get("reallocation") or {}).get("sweep") or []
-    return [{"policy": r["way"], "strength": r["strength"], "gap": {"estimate": r["gap"]}} for r in sweep]
+    steps: dict[str, int] = {}
+    rows = []
+    for r in sweep:
+        steps[r["way"]] = steps.get(r["way"], 0) + 1
+        rows.append(
+            {"policy": r["way"], STEP: steps[r["way"]], "strength": r["strength"], "gap": {"estimate": r["gap"]}}
+        )
+    return rows
 
 
 def held_out(found: Mapping[str, Any]) -> list[Row]:

@@ -206,9 +206,9 @@ def draw(
     on_click: Callable[[], None] | None = None,
     width: Any = "stretch",
 ) -> None:
-    """A figure with its name; the toolbar saves the picture, a button the numbers. `label` and `caption` are plain text.
+    """A figure with its name; the toolbar saves the picture, a button the numbers.
 
-    on_click is called when a point was clicked; the event is in the session state under `key`. width: pixels at most.
+    Words in `label` and `caption` are plain text. on_click is called when a point was clicked; the event is in the session state under `key`. width: pixels at most.
     """
     fig.update_layout(font_color=INK)
     traces: Any = fig.data
@@ -217,10 +217,7 @@ def draw(
         fig.update_layout(legend=BELOW)
         grow = LEGEND
     fig.update_layout(margin_t=max(top, TOOLBAR), height=(fig.layout.height or 360) + grow + max(0, TOOLBAR - top))
-    for kind in (
-        "bar",
-        "heatmap",
-    ):  # plotly would pick pale words for dark cells; the page's colour reads on all of them
+    for kind in ("bar", "heatmap"):  # plotly would pick pale words for dark cells; the page's colour reads on all
         fig.update_traces(textfont_color=INK, selector={"type": kind})
     select: dict[str, Any] = {}
     if on_click is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from dashboards import comparing, livemodel
+from dashboards import comparing, folders, livemodel
 from dashboards.shell import choose, draw, missing, opened, page, place, table
 from emocircuits import plots
 from emocircuits.report import RunData
@@ -13,9 +13,10 @@ from emocircuits.report import RunData
 def show(data: RunData) -> None:
     """The chosen run beside another one of the same folder."""
     here = place()
-    others = [name for name in here.names if name != data.path.name]
+    kind = folders.kind(data.path)
+    others = [n for n in here.names if n != data.path.name and folders.kind(here.root / n) == kind]
     if not others:
-        missing("There is no other run in this folder", "Runs of the same folder can be compared, say two models.",
+        missing("There is no other run of this kind in this folder", "Runs beside each other can be compared, say two models.",
                 "emocircuits demo --model MODEL --out runs/other")  # fmt: skip
         return
     other = opened(here.root / choose("Beside", others, "beside"))

@@ -34,7 +34,10 @@ def _latents(found: features.Found) -> None:
         chosen = choose("Latent", names, "latent")
         _, row = matching[names.index(chosen)]
         st.markdown(md(f"Words that it raises on the direct path: {', '.join(row['words'])}"))
-        table(features.top_rows(row), "Steps that drive it most")
+        if driven := features.top_rows(row):
+            table(driven, "Steps that drive it most")
+        else:
+            st.caption("The run stored no steps for latents of kinds of reasoning.")
     else:
         st.info("No latent matches.")
     table(

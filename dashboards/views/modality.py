@@ -90,7 +90,8 @@ def _testbed(found: Mapping[str, Any]) -> None:
     table(modality.score_rows(found), "Held-out scores",
           "Gap: how often it answers with the voice's emotion minus the face's; 0 is balance.")  # fmt: skip
     if rows := modality.curve_rows(found):
-        draw(plots.gap_curve(rows), "Preference gap over the strength of each policy", "Validation people.")
+        draw(plots.gap_curve(rows, modality.STEP), "Preference gap over the strength of each policy",
+             "Validation people. Strengths of policies have no common unit, so each is in its own order.")  # fmt: skip
     if rows := modality.held_out(found):
         draw(plots.gap_against_accuracy(rows), "Gap against accuracy on consistent clips",
              "Held-out people, each policy at its chosen strength; up and left wins.")  # fmt: skip

@@ -12,6 +12,7 @@ from emocircuits._figures import QUIET, Matrix, figure, heat, number, numbers, t
 Row = Mapping[str, Any]
 COLORS = {"audio": "#E69F00", "image": "#0072B2", "video": "#56B4E9", "text": "#8A8F98"}
 INK = "#6B4FD8"
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B4FD8")
 SCALE = ((0.0, "#FBFBFA"), (1.0, INK))
 
 
@@ -59,25 +60,32 @@ def changed_bars(changed: Mapping[str, Sequence[Row]], strengths: Mapping[str, S
 
 def gap_curve(rows: Sequence[Row], x: str = "strength") -> go.Figure:
     """Preference gap over the strength of a reallocation, for each policy, with 95 % intervals; 0 is balance."""
-    fig = figure(x, "answers of the voice minus those of the face", 380)
-    for policy in dict.fromkeys(r["policy"] for r in rows):
+    fig = figure(x, "voice minus face", 380)
+    for i, policy in enumerate(dict.fromkeys(r["policy"] for r in rows)):
         mine = sorted((r for r in rows if r["policy"] == policy), key=lambda r: r[x])
         gaps = [r["gap"] for r in mine]
         fig.add_scatter(
             x=[r[x] for r in mine], y=numbers(g.get("estimate") for g in gaps), name=text(policy), mode="lines+markers",
-            error_y=whiskers(gaps),
+            error_y=whiskers(gaps), line=_style(i), text=[f"{r['strength']:g}" for r in mine],
+            hovertemplate="%{text}: %{y:.2f}",
         )  # fmt: skip
     return fig.add_hline(y=0, line={"color": QUIET, "width": 1, "dash": "dash"})
 
 
 def gap_against_accuracy(rows: Sequence[Row]) -> go.Figure:
     """Size of the gap against accuracy on consistent clips, one point per policy and strength; up and left wins."""
-    fig = figure("size of the preference gap", "accuracy on consistent clips", 380)
-    for policy in dict.fromkeys(r["policy"] for r in rows):
+    fig = figure("size of the preference gap", "consistent clips", 380)
+    for i, policy in enumerate(dict.fromkeys(r["policy"] for r in rows)):
         mine = [r for r in rows if r["policy"] == policy]
         fig.add_scatter(
             x=[None if (g := number(r["gap"].get("estimate"))) is None else abs(g) for r in mine],
             y=numbers(r["consistent"].get("estimate") for r in mine), mode="markers", name=text(policy),
+            marker={"color": _style(i)["color"], "symbol": "circle" if i < len(LINES) else "diamond-open", "size": 9},
             text=[text(str(r.get("strength", ""))) for r in mine], hovertemplate="%{text}: %{x:.2f}, %{y:.0%}",
         )  # fmt: skip
-    return fig.update_yaxes(tickformat=".0%")
+    return fig.update_yaxes(tickformat=".1%")
+
+
+def _style(i: int) -> dict[str, str]:
+    """Colour and dash of line i: no two of twice as many lines as colours look alike."""
+    return {"color": LINES[i % len(LINES)], "dash": "solid" if i < len(LINES) else "dash"}
