@@ -64,9 +64,8 @@ def curve_rows(found: Mapping[str, Any]) -> list[Row]:
     rows = []
     for r in sweep:
         steps[r["way"]] = steps.get(r["way"], 0) + 1
-        rows.append(
-            {"policy": r["way"], STEP: steps[r["way"]], "strength": r["strength"], "gap": {"estimate": r["gap"]}}
-        )
+        gap = {"estimate": r["gap"]}
+        rows.append({"policy": r["way"], STEP: steps[r["way"]], "strength": r["strength"], "gap": gap})
     return rows
 
 

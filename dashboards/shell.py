@@ -208,7 +208,8 @@ def draw(
 ) -> None:
     """A figure with its name; the toolbar saves the picture, a button the numbers.
 
-    Words in `label` and `caption` are plain text. on_click is called when a point was clicked; the event is in the session state under `key`. width: pixels at most.
+    Words in `label` and `caption` are plain text. on_click is called when a point was clicked; the event is in the
+    session state under `key`. width: pixels at most.
     """
     fig.update_layout(font_color=INK)
     traces: Any = fig.data

@@ -16,7 +16,7 @@ def show(data: RunData) -> None:
     kind = folders.kind(data.path)
     others = [n for n in here.names if n != data.path.name and folders.kind(here.root / n) == kind]
     if not others:
-        missing("There is no other run of this kind in this folder", "Runs beside each other can be compared, say two models.",
+        missing("There is no other run of this kind here", "Runs beside each other are compared, say of two models.",
                 "emocircuits demo --model MODEL --out runs/other")  # fmt: skip
         return
     other = opened(here.root / choose("Beside", others, "beside"))

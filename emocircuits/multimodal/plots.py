@@ -66,7 +66,7 @@ def gap_curve(rows: Sequence[Row], x: str = "strength") -> go.Figure:
         gaps = [r["gap"] for r in mine]
         fig.add_scatter(
             x=[r[x] for r in mine], y=numbers(g.get("estimate") for g in gaps), name=text(policy), mode="lines+markers",
-            error_y=whiskers(gaps), line=_style(i), text=[f"{r['strength']:g}" for r in mine],
+            error_y=whiskers(gaps), line=_style(i), text=[text(str(r.get("strength", r[x]))) for r in mine],
             hovertemplate="%{text}: %{y:.2f}",
         )  # fmt: skip
     return fig.add_hline(y=0, line={"color": QUIET, "width": 1, "dash": "dash"})
