@@ -11,6 +11,7 @@ from emocircuits._figures import QUIET, Matrix, alpha, figure, heat, number, num
 from emocircuits.plots import emotion_color
 
 NEUTRAL = "#6B4FD8"
+GREY = "#80868F"
 TOOLBAR = 34  # pixels above the first line, so that the toolbar hides no word of it
 
 
@@ -137,6 +138,6 @@ def mix_bars(before: Mapping[str, float], after: Mapping[str, float]) -> go.Figu
             marker={"color": [alpha(c, ground) for c in colors], "line": {"color": colors, "width": 1}},
             hovertemplate="%{x}: %{y:+.3f}<extra>" + name + "</extra>",
         )  # fmt: skip
-        shade = {"color": alpha(QUIET, ground), "symbol": "square", "size": 11, "line": {"color": QUIET, "width": 1}}
+        shade = {"color": alpha(GREY, ground), "symbol": "square", "size": 11, "line": {"color": GREY, "width": 1}}
         fig.add_scatter(x=[None], y=[None], mode="markers", name=name, marker=shade)
     return fig.update_layout(barmode="group", bargap=0.25).update_xaxes(showgrid=False)

@@ -137,6 +137,28 @@ def test_the_chosen_run_and_emotion_stay_when_the_page_changes(home: Path, open_
     assert str(home / "other") in said(at).replace("\\", "")
 
 
+def test_the_address_holds_what_is_shown_also_where_it_is_the_default(home: Path, open_app: Any) -> None:
+    at = open_app(home, "directions", run="whole")
+    at.segmented_control(key="view").set_value("Geometry").run()
+    held = {name: at.query_params[name] for name in ("run", "view", "layer", "map")}
+    layer = str(at.slider(key="layer").value)
+    assert held == {"run": "whole", "view": "Geometry", "layer": layer, "map": "principal components"}
+
+
+def test_the_browsers_back_button_is_followed(home: Path, open_app: Any) -> None:
+    at = open_app(home / "whole", "directions", layer="1")
+    at.segmented_control(key="view").set_value("Geometry").run()
+    at.slider(key="layer").set_value(3).run()
+    assert at.query_params["layer"] == "3"
+    at.query_params["layer"] = "1"  # what the browser had before
+    at.run()
+    assert at.slider(key="layer").value == 1
+    at.query_params["layer"] = "many"
+    at.run()
+    assert at.slider(key="layer").value == 1
+    well(at)
+
+
 # ------------------------------------------------------------------------------------------------ bad runs
 
 
@@ -281,7 +303,10 @@ def test_the_playground_writes_what_the_library_writes(home: Path, open_app: Any
     wanted = live.write(model, tokenizer, "the dog ran", [None, mixed], decoding=Decoding(8, 8, 0.7))
     assert [t.value for t in at.text] == wanted
     assert {m.label for m in at.metric} == {"Perplexity, unsteered", "Perplexity, steered"}
-    assert len(at.get("download_button")) == 2
+    assert [b.label for b in at.get("download_button") if b.label != "CSV"] == [
+        "Download the steerer",
+        "Download the texts",
+    ]
 
 
 def test_a_unit_shows_where_it_is_active(home: Path, open_app: Any) -> None:
@@ -373,7 +398,7 @@ def test_steering_says_whichever_way_it_came_out(home: Path, open_app: Any) -> N
     at.segmented_control[0].set_value("Steering").run()
     well(at)
     words = said(at).replace("\\", "")
-    assert "It beats no steering, random directions and matched latents at dose 1.0 on 30 scenarios" in words
+    assert "It beats the unsteered texts, random directions and matched latents at dose 1.0 on 30 scenarios" in words
     assert "anger**: It does not beat every control" in words
     assert "random (p = 0.3)" in words
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shlex
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 import torch
@@ -20,10 +23,11 @@ from synthetic_run import graph, letters, write_balance, write_run
 pytest.importorskip("streamlit", reason="streamlit is not installed: emocircuits[dashboard]")
 
 from dashboards import comparing, findings, folders, mixing, modality, records, units
+from dashboards.exports import figure_csv
 from dashboards.livemodel import Live
 from dashboards.units import UnitName
 from dashboards.words import file_name, md, plain
-from emocircuits import cli, live
+from emocircuits import cli, live, plots
 from emocircuits.artefact import write_json_atomic
 from emocircuits.circuit_plots import circuit_graph
 from emocircuits.circuits.assemble import Circuit
@@ -32,6 +36,7 @@ from emocircuits.directions import DirectionSet
 from emocircuits.errors import InputError
 from emocircuits.generation import Decoding
 from emocircuits.models.load import Loaded
+from emocircuits.multimodal import plots as balance_plots
 from emocircuits.report import read_run
 from emocircuits.runs import Run
 from emocircuits.steering import Steerer
@@ -320,6 +325,30 @@ def test_comparison_shows_both_runs_and_only_what_differs(home: Path) -> None:
     sets, layers = comparing.layer_tests(a, b, names) or ({}, [])
     assert [t["name"] for t in sets["tests"]] == ["a", "b"]
     assert layers == [0, 1, 2, 3]
+
+
+def test_a_token_table_keeps_surprise_apart_from_surprisal() -> None:
+    found = SimpleNamespace(
+        pieces=("a", "b"), emotions=("fear", "surprise"), surprise=torch.tensor([3.0, 4.0]),
+        at=lambda layer: torch.tensor([[0.1, 0.2], [0.3, 0.4]]) * layer,
+    )  # fmt: skip
+    assert findings.token_rows(found, 2)[1] == pytest.approx(
+        {"token": "b", "fear": 0.6, "surprise": 0.8, "surprisal, nats": 4.0}
+    )
+
+
+def test_a_figures_numbers_are_saved_as_they_are_drawn() -> None:
+    lines = plots.quality_by_layer({"tests": [{"name": "<b>", "rows": [
+        {"layer": 0, "accuracy": 0.5, "low": 0.4, "high": 0.7}, {"layer": 1, "accuracy": 0.8, "low": 0.7, "high": 0.9},
+    ]}]}, [0, 1], 0.5)  # fmt: skip
+    rows = pd.read_csv(io.StringIO(figure_csv(lines)))
+    mine = rows[rows["series"] == "<b>"]
+    assert list(mine["y"].dropna())[-2:] == [0.5, 0.8]
+    heat = pd.read_csv(io.StringIO(figure_csv(plots.geometry_map([[1.0, 0.5], [0.5, 1.0]], ["fear", "joy"]))))
+    assert {(r.x, r.y): r.value for r in heat.itertuples()}["fear", "joy"] == 0.5
+    bars = balance_plots.changed_bars({"less": [{"estimate": 0.25, "low": 0.2, "high": 0.5}]}, {"less": [0.5]})
+    row = pd.read_csv(io.StringIO(figure_csv(bars))).iloc[0]
+    assert (row["x"], row["y"], row["y_plus"]) == ("less 0.5", 0.25, 0.25)
 
 
 def test_balance_is_said_as_the_report_says_it(home: Path) -> None:
