@@ -333,3 +333,16 @@ def test_methods_without_a_colour_of_their_own_still_differ() -> None:
     rate = {"coherent": {"estimate": 0.5}}
     fig = plots.expression_bars(dict.fromkeys(("circuit", "random units", "all units", "steered"), rate), ["anger"])
     assert len({bar.marker.color for bar in fig.data[:3]}) == 3
+
+
+def test_figures_of_traces_say_what_else_they_are_asked_to_draw() -> None:
+    from emocircuits.reasoning.plots import agreement_bars, step_lines
+
+    rows = [{"name": "<lift>", "estimate": 0.2, "low": 0.1, "high": 0.4}, {"name": "alpha", "estimate": math.nan}]
+    bars, lines = agreement_bars(rows, "change"), step_lines(["", ""], {"lift": [1.0, math.nan]}, "lost", "layer")
+    assert (bars.layout.xaxis.title.text, lines.layout.xaxis.title.text) == ("change", "layer")
+    assert list(bars.data[0].y) == ["alpha", "&lt;lift&gt;"]
+    assert list(bars.data[0].x) == [None, 0.2]
+    assert list(lines.data[0].y) == [1.0, None]
+    assert agreement_bars(rows).layout.xaxis.title.text == "mean rank correlation within a trace"
+    assert step_lines([""], {"fear": [0.0]}, "odds").layout.xaxis.title.text == "step"

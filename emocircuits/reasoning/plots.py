@@ -114,9 +114,11 @@ def receiver_map(kurtosis: Matrix, heads: Sequence[tuple[int, int]] = ()) -> go.
     return fig.update_yaxes(title_text="layer")
 
 
-def step_lines(steps: Sequence[str], curves: Mapping[str, Sequence[float | None]], y: str) -> go.Figure:
-    """Any numbers along the steps of a trace, one line each."""
-    fig = figure("step", y, 320)
+def step_lines(
+    steps: Sequence[str], curves: Mapping[str, Sequence[float | None]], y: str, x: str = "step"
+) -> go.Figure:
+    """Any numbers along the steps of a trace, or along what `x` names (`steps` shows on hover), one line each."""
+    fig = figure(x, y, 320)
     for i, (name, curve) in enumerate(curves.items()):
         fig.add_scatter(
             x=list(range(len(curve))), y=numbers(curve), name=text(name), mode="lines+markers",
@@ -126,10 +128,13 @@ def step_lines(steps: Sequence[str], curves: Mapping[str, Sequence[float | None]
     return fig.add_hline(y=0, line={"color": GRID, "width": 1})
 
 
-def agreement_bars(rows: Sequence[Row]) -> go.Figure:
-    """Correlation of measures within traces, {name, estimate, low, high}, with their intervals; 0 is chance."""
+def agreement_bars(rows: Sequence[Row], x: str = "mean rank correlation within a trace") -> go.Figure:
+    """Correlation of measures within traces, {name, estimate, low, high}, with their intervals; 0 is chance.
+
+    x: what the numbers are, for others whose 0 is no effect.
+    """
     rows = list(rows)[::-1]
-    fig = figure("mean rank correlation within a trace", "", 120 + 26 * len(rows))
+    fig = figure(x, "", 120 + 26 * len(rows))
     fig.add_scatter(
         x=numbers(r.get("estimate") for r in rows), y=[text(r["name"]) for r in rows], mode="markers",
         marker={"size": 9, "color": INK}, showlegend=False,
