@@ -53,6 +53,13 @@ def clicked(event: Any) -> str | None:
     return next((str(u) for v in values if (u := UnitName.parse(v))), None)
 
 
+def picked(event: Any, rows: Sequence[Row]) -> str | None:
+    """The name of the unit whose row was clicked in a table, from Streamlit's selection event; None without a click."""
+    cells = ((event or {}).get("selection") or {}).get("cells") or []
+    place = cells[0][0] if cells else None
+    return str(rows[place]["unit"]) if isinstance(place, int) and 0 <= place < len(rows) else None
+
+
 def clickable(fig: go.Figure, effects: Sequence[Sequence[Any]], chosen: UnitName | None) -> go.Figure:
     """A map of heads whose cells can be clicked: plotly selects points only, so the nearest of unseen ones is taken."""
     cells = [(layer, head, number(v)) for layer, row in enumerate(effects) for head, v in enumerate(row)]
@@ -62,9 +69,10 @@ def clickable(fig: go.Figure, effects: Sequence[Sequence[Any]], chosen: UnitName
         x=[head for _, head, _ in cells], y=[layer for layer, _, _ in cells], mode="markers", showlegend=False,
         marker={"size": 18, "symbol": "square", "opacity": 0}, selected=unseen, unselected=unseen,
         customdata=[str(UnitName("heads", layer, head)) for layer, head, _ in cells],
-        text=["n/a" if v is None else f"{v:+.3g}" for _, _, v in cells],
+        text=["not measured" if v is None else f"{v:+.3g}" for _, _, v in cells],
         hovertemplate="head %{x} of layer %{y}: %{text}<extra></extra>",
     )  # fmt: skip
+    fig.update_yaxes(range=[len(effects) - 0.5, -0.5])  # markers would leave room around the cells
     if chosen is not None and chosen.kind == "heads":
         x, y = chosen.number, chosen.layer
         fig.add_shape(
@@ -94,6 +102,67 @@ def effect_bars(values: Mapping[str, float | None], label: str) -> go.Figure:
 
 
 # ------------------------------------------------------------------------------------------------ what a run knows
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Layers of the model, and heads and neurons in each; None where a run does not say."""
+
+    layers: int | None = None
+    heads: int | None = None
+    neurons: int | None = None
+
+
+def extent(found: Mapping[str, Any], saved: Any) -> Extent:
+    """What a run's scores, and the units it saved (or None), say of the size of its model."""
+    heads = next((m[0] for score in SCORES if (m := (found.get("heads") or {}).get(score))), None)
+    layers = len(heads) if heads else None
+    return Extent(layers, len(heads[0]) if heads else None, saved.neurons().shape[2] if saved is not None else None)
+
+
+def lacks(size: Extent, unit: UnitName) -> str | None:
+    """A sentence when the model has no such unit, with what there is; None when it has, or when nobody knows."""
+    width = size.heads if unit.kind == "heads" else size.neurons
+    if (size.layers is None or unit.layer < size.layers) and (width is None or unit.number < width):
+        return None
+    each = f" with {unit.kind} 0 to {width - 1} in each" if width else ""
+    layers = f"layers 0 to {size.layers - 1}" if size.layers else "other layers"
+    return f"This model has no {unit.label}: it has {layers}{each}."
+
+
+def strongest(values: Sequence[Sequence[Any]]) -> str:
+    """The name of the head with the largest value by size; empty when none was measured."""
+    cells = [(abs(v), i, j) for i, row in enumerate(values) for j, v in enumerate(numbers(row)) if v is not None]
+    best = max(cells, key=lambda cell: cell[0], default=None)
+    return str(UnitName("heads", *best[1:])) if best else ""
+
+
+def measured_layers(values: Sequence[Sequence[Any]]) -> str:
+    """Which layers have a value, such as "measured in layers 0 to 12"; empty when none has one."""
+    known = [i for i, row in enumerate(values) if any(v is not None for v in numbers(row))]
+    if not known:
+        return ""
+    whole = known == list(range(known[0], known[-1] + 1))
+    return "measured in layers " + (f"{known[0]} to {known[-1]}" if whole else ", ".join(map(str, known)))
+
+
+def main_node(graph: Mapping[str, Any]) -> str:
+    """The name of the unit that a graph's score needs most; empty for a graph without units."""
+    best = max(graph["nodes"], key=lambda n: abs(n["effect"]), default=None)
+    return str(UnitName(best["kind"], best["layer"], best["unit"])) if best else ""
+
+
+def neuron_rows(circuit: Any, found: Mapping[str, Any], emotion: str, most: int = 500) -> list[Row]:
+    """The best neurons of a circuit, saved whole or (None) as its best members only."""
+    if circuit is None:
+        best = ((found.get("members") or {}).get(emotion) or {}).get("top_neurons") or []
+        return [_neuron_row(i, unit) for i, unit in enumerate(best)]
+    scores = circuit.neuron_scores
+    return [_neuron_row(i, unit) | {"score": scores[i]} for i, unit in enumerate(circuit.neurons[:most])]
+
+
+def _neuron_row(place: int, unit: Sequence[int]) -> Row:
+    return {"place": place + 1, "unit": str(UnitName("neurons", *unit)), "layer": unit[0], "neuron": unit[1]}
 
 
 def head_effects(found: Mapping[str, Any], unit: UnitName) -> dict[str, dict[str, float | None]]:
@@ -152,21 +221,20 @@ def edges(graph: Mapping[str, Any], unit: UnitName) -> list[Row]:
     return sorted(rows, key=lambda row: -abs(row["part of the score"]))
 
 
-def reads(found: Mapping[str, Any], unit: UnitName) -> dict[str, list[Row]]:
-    """The tokens a head attends to at the end of replies, by emotion, where the run stored them."""
+def read_rows(found: Mapping[str, Any], unit: UnitName) -> list[Row]:
+    """The tokens a head attends to at the end of replies with its share in each emotion, where the run stored them."""
     wanted = [unit.layer, unit.number] if unit.kind == "heads" else None
-    return {
-        emotion: [{"token": repr(token), "share of its attention": share} for token, share in row["tokens"]]
+    shares = {
+        emotion: dict(row["tokens"])
         for emotion, rows in (found.get("reads") or {}).items()
         for row in rows
         if row["head"] == wanted
     }
-
-
-def top_members(found: Mapping[str, Any], emotion: str) -> list[str]:
-    """Names of the best heads and neurons of an emotion's circuit."""
-    members = (found.get("members") or {}).get(emotion) or {}
-    return [str(UnitName(kind, *unit)) for kind in ("heads", "neurons") for unit in members.get(f"top_{kind}") or []]
+    tokens = {token: max(s.get(token, 0.0) for s in shares.values()) for s in shares.values() for token in s}
+    return [
+        {"token": repr(token), **{emotion: s.get(token) for emotion, s in shares.items()}}
+        for token in sorted(tokens, key=lambda t: -tokens[t])
+    ]
 
 
 def head_direction(directions: Any, emotion: str, layer: int) -> torch.Tensor:
@@ -182,10 +250,13 @@ def member_rows(found: Mapping[str, Any]) -> list[Row]:
     """Sizes of all circuits and their best members."""
     return [
         {"emotion": e, "heads": m["heads"], "neurons": m["neurons"], "against the emotion": m.get("negative"),
-         "top heads": ", ".join(f"{a}.{b}" for a, b in m["top_heads"]),
-         "top neurons": ", ".join(f"{a}.{b}" for a, b in m["top_neurons"])}
+         "top heads": _names("heads", m["top_heads"]), "top neurons": _names("neurons", m["top_neurons"])}
         for e, m in found["members"].items()
     ]  # fmt: skip
+
+
+def _names(kind: str, members: Sequence[Sequence[int]]) -> str:
+    return ", ".join(str(UnitName(kind, *unit)) for unit in members)
 
 
 def overlap_rows(found: Mapping[str, Any]) -> list[Row]:

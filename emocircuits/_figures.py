@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 Matrix = Sequence[Sequence[float | None]]
 
 QUIET = "rgba(128,134,145,0.9)"
+FEW = 12  # columns that all find room for their number
 GRID = "rgba(128,134,145,0.22)"
 FONT = "ui-sans-serif, system-ui, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 # Zero is transparent and the top is not opaque, so that a page's own ink stays readable in light and in dark.
@@ -86,7 +87,7 @@ def heat(
         colorbar={**bar, "title": {"text": title, "side": "top"}},
     )
     fig.update_xaxes(showgrid=False, tickangle=-40 if text_columns else 0)
-    fig.update_xaxes({"type": "category"} if show_values else {"dtick": 2})
+    fig.update_xaxes({"type": "category"} if show_values else {"dtick": 1 if len(columns) <= FEW else 2})
     return fig.update_yaxes(showgrid=False, autorange="reversed", type="category")
 
 

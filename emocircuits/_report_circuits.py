@@ -149,12 +149,12 @@ def _discovery(page: Page, found: Data) -> str:
         )
     )  # fmt: skip
     rows = [
-        [emotion_label(e), esc(m["heads"]), esc(m["neurons"]), _units(m["top_heads"]), _units(m["top_neurons"])]
+        [emotion_label(e), esc(m["heads"]), esc(m["neurons"]), _units("h", m["top_heads"]),
+         _units("n", m["top_neurons"])]
         for e, m in found["members"].items()
-    ]
-    members = table(
-        "Members (layer.unit), best first.", ["emotion", "heads", "neurons", "top heads", "top neurons"], rows
-    )
+    ]  # fmt: skip
+    named = "Members, best first; h11.2 is head 2 of layer 11, n3.17 neuron 17 of layer 3, counted from 0."
+    members = table(named, ["emotion", "heads", "neurons", "top heads", "top neurons"], rows)
     members += _reads(found.get("reads") or {})
     facts = [
         [esc(kind), num(o["jaccard"]), num(o["chance"]), num(o["excess"]), num(found["stability"].get(kind))]
@@ -187,7 +187,8 @@ def _graphs(page: Page, found: Data) -> str:
     for emotion, graph in found["graphs"].items():
         caption = (
             "Units that the score needs most; heads are circles, neurons squares. An edge is the part of the emotion "
-            f"score ({esc(found['readout'])}) that one unit gives through another, or directly (to the diamond)."
+            f"score ({esc(found['readout'])}) that one unit gives through another, or directly (to the diamond); green "
+            "raises it, orange lowers it."
         )
         figures.append(page.figure(plots.circuit_graph(graph, emotion), f"{emotion}: how its units work", caption))
         effects = sum(abs(n["effect"]) for n in graph["nodes"])
@@ -220,7 +221,7 @@ def _excess(found: Data) -> str:
 
 def _reads(reads: Data) -> str:
     rows = [
-        [f"{emotion_label(emotion)} {'.'.join(map(str, row['head']))}",
+        [f"{emotion_label(emotion)} h{'.'.join(map(str, row['head']))}",
          esc(", ".join(f"{token!r} {share:.0%}" for token, share in row["tokens"]))]
         for emotion, heads in reads.items() for row in heads
     ]  # fmt: skip
@@ -228,5 +229,5 @@ def _reads(reads: Data) -> str:
     return table(caption, ["head", "tokens"], rows) if rows else ""
 
 
-def _units(units: list[list[int]]) -> str:
-    return esc(", ".join(f"{layer}.{unit}" for layer, unit in units))
+def _units(letter: str, units: list[list[int]]) -> str:
+    return esc(", ".join(f"{letter}{layer}.{unit}" for layer, unit in units))

@@ -19,6 +19,8 @@ from emocircuits._markdown import plain
 from emocircuits.plots import emotion_color
 
 MINUS = "\N{MINUS SIGN}"
+UNSET = {"scenarios": "all of ours", "problems": "all"}
+"""What settings other than counts mean where they are not set."""
 
 
 def esc(value: object) -> str:
@@ -96,9 +98,16 @@ def table(
 def facts(values: Any, prefix: str = "") -> list[tuple[str, str]]:
     """(name, value) pairs of nested plain data as HTML; intervals stay whole, names are joined by spaces."""
     if isinstance(values, Mapping) and not {"estimate", "low", "high"} <= set(values):
-        found = [pair for key, value in values.items() for pair in facts(value, f"{prefix} {key}".strip())]
+        found = [pair for key, value in values.items() for pair in facts(_meant(key, value), f"{prefix} {key}".strip())]
         return [(name.replace("_", " "), value) for name, value in found]
     return [(esc(prefix), _value(values))]
+
+
+def _meant(key: str, value: Any) -> Any:
+    """A count of what to use that is not set means all of it."""
+    if value is not None:
+        return value
+    return "all" if key.startswith("n_") else UNSET.get(key)
 
 
 def _value(value: Any) -> str:

@@ -11,6 +11,10 @@ from emocircuits._figures import DIVERGING, QUIET, Matrix, figure, heat, number,
 from emocircuits.plots import emotion_color
 
 Row = Mapping[str, Any]
+BLANK = "rgba(128,134,145,0.38)"
+PER_LINE = 5
+"""Nodes of a graph that stand beside each other on a phone."""
+LINE = 52  # pixels between lines of nodes
 CONTROL_STYLES = {
     "circuit": ("#6B4FD8", "solid"),
     "circuit (resample)": ("#6B4FD8", "dot"),
@@ -23,14 +27,20 @@ CONTROL_STYLES = {
 
 
 def head_map(values: Matrix, title: str = "effect") -> go.Figure:
-    """Effect of every head, layers down and heads across, from [L][heads]."""
+    """Effect of every head, layers down and heads across, from [L][heads]; cells without a number are grey."""
     known = [abs(v) for row in values for v in numbers(row) if v is not None]
     top = max(known, default=1.0) or 1.0
     rows = [f"{i}" for i in range(len(values))]
-    columns = list(range(len(values[0]) if values else 0))
-    fig = heat(values, columns, rows, DIVERGING, (-top, top), "head", height=120 + 20 * len(rows), show_values=False,
+    columns, tall = list(range(len(values[0]) if values else 0)), min(20, max(10, 320 // max(1, len(rows))))
+    fig = heat(values, columns, rows, DIVERGING, (-top, top), "head", height=120 + len(rows) * tall, show_values=False,
                title=title)  # fmt: skip
-    return fig.update_yaxes(title_text="layer")
+    blank = [[1 if number(v) is None else None for v in row] for row in values]
+    if any(v for row in blank for v in row):
+        fig.add_heatmap(
+            z=blank, x=columns, y=rows, colorscale=[[0, BLANK], [1, BLANK]], showscale=False, xgap=1, ygap=1,
+            hoverongaps=False, hovertemplate="head %{x} of layer %{y}: not measured<extra></extra>",
+        )  # fmt: skip
+    return fig.update_yaxes(title_text="layer").update_layout(showlegend=False)
 
 
 def neuron_ranks(scores: Sequence[Sequence[float]], ranks: Sequence[int], emotions: Sequence[str]) -> go.Figure:
@@ -104,15 +114,27 @@ def rank_curves(rows: Sequence[Row], kind: str, action: str) -> go.Figure:
 def circuit_graph(graph: Row, emotion: str, n_edges: int = 24) -> go.Figure:
     """Members by layer (heads round, neurons square, area by effect), the strongest edges between them and the score.
 
-    Green raises the emotion score, red lowers it; width by size.
+    Green raises the emotion score, orange lowers it; width by size.
     """
     nodes = graph["nodes"]
-    places, top = _places(nodes), max((n["layer"] for n in nodes), default=0) + 1.5
+    places, ticks, top = _places(nodes)
+    fig = figure("", "layer", round(70 + LINE * (top + 1)))
+    _flows(fig, graph, places, (0.0, top), n_edges)
+    _nodes(fig, nodes, places, emotion)
+    fig.add_scatter(x=[0.0], y=[top], mode="markers+text", text=["score"], textposition="top center", showlegend=False,
+                    marker={"symbol": "diamond", "size": 14, "color": QUIET}, hoverinfo="skip")  # fmt: skip
+    fig.update_xaxes(visible=False, range=[-1.05, 1.05])
+    return fig.update_yaxes(range=[-0.8, top + 0.6], tickvals=list(ticks.values()), ticktext=[str(k) for k in ticks])
+
+
+def _flows(
+    fig: go.Figure, graph: Row, places: Sequence[tuple[float, float]], end: tuple[float, float], n_edges: int
+) -> None:
+    """Draw the strongest edges, each with its value at its middle."""
     flows = [(places[a], places[b], value) for a, b, value in graph["edges"]]
-    flows += [(places[i], (0.0, top), n["direct"]) for i, n in enumerate(nodes)]
+    flows += [(places[i], end, n["direct"]) for i, n in enumerate(graph["nodes"])]
     flows = sorted(flows, key=lambda f: -abs(f[2]))[:n_edges]
     most = max((abs(f[2]) for f in flows), default=1.0) or 1.0
-    fig = figure("", "layer", 460)
     for (x0, y0), (x1, y1), value in flows:
         line = {"color": "#009E73" if value > 0 else "#D55E00", "width": 0.6 + 5 * abs(value) / most}
         fig.add_scatter(x=[x0, x1], y=[y0, y1], mode="lines", line=line, opacity=0.6, hoverinfo="skip",
@@ -120,32 +142,42 @@ def circuit_graph(graph: Row, emotion: str, n_edges: int = 24) -> go.Figure:
         middle = {"x": [(x0 + x1) / 2], "y": [(y0 + y1) / 2]}
         fig.add_scatter(**middle, mode="markers", marker={"size": 9, "opacity": 0}, showlegend=False,
                         hovertemplate=f"{value:+.3g}<extra></extra>")  # fmt: skip
+
+
+def _nodes(fig: go.Figure, nodes: Sequence[Row], places: Sequence[tuple[float, float]], emotion: str) -> None:
+    """Draw the members under their names, h11.2 or n3.17."""
     largest = max((abs(n["effect"]) for n in nodes), default=1.0) or 1.0
     for kind, symbol in (("heads", "circle"), ("neurons", "square")):
         mine = [(places[i], n) for i, n in enumerate(nodes) if n["kind"] == kind]
+        names = [f"{kind[0]}{n['layer']}.{n['unit']}" for _, n in mine]
         fig.add_scatter(
             x=[p[0] for p, _ in mine], y=[p[1] for p, _ in mine], mode="markers+text", name=kind,
-            text=[f"{n['layer']}.{n['unit']}" for _, n in mine], textposition="bottom center", textfont={"size": 10},
-            customdata=[[n["effect"], n["direct"], f"{kind[0]}{n['layer']}.{n['unit']}"] for _, n in mine],
-            hovertemplate=kind[:-1] + " %{text}: %{customdata[0]:+.3g}, directly %{customdata[1]:+.3g}<extra></extra>",
+            text=names, textposition="bottom center", textfont={"size": 10},
+            customdata=[[n["effect"], n["direct"], name] for (_, n), name in zip(mine, names)],
+            hovertemplate="%{text}: %{customdata[0]:+.3g}, directly %{customdata[1]:+.3g}<extra></extra>",
             marker={"symbol": symbol, "color": emotion_color(emotion), "line": {"width": 1, "color": "#FFFFFF"},
                     "size": [8 + 18 * (abs(n["effect"]) / largest) ** 0.5 for _, n in mine]},
         )  # fmt: skip
-    fig.add_scatter(x=[0.0], y=[top], mode="markers+text", text=["score"], textposition="top center", showlegend=False,
-                    marker={"symbol": "diamond", "size": 14, "color": QUIET}, hoverinfo="skip")  # fmt: skip
-    fig.update_xaxes(visible=False, range=[-1.15, 1.15])
-    return fig.update_yaxes(range=[min((n["layer"] for n in nodes), default=0) - 1, top + 1], dtick=2)
 
 
-def _places(nodes: Sequence[Row]) -> list[tuple[float, float]]:
-    """(x, y) of each node: layers from bottom to top, heads a little below the neurons of their layer."""
-    rows: dict[tuple[int, str], list[int]] = {}
-    for i, n in enumerate(nodes):
-        rows.setdefault((n["layer"], n["kind"]), []).append(i)
-    places = [(0.0, 0.0)] * len(nodes)
-    for place, ((layer, kind), members) in enumerate(rows.items()):
-        shift = 0.12 if place % 2 else -0.12  # so that single units of neighbouring layers do not hide edges
-        for j, i in enumerate(members):
-            x = 0.0 if len(members) == 1 else -0.85 + 1.7 * j / (len(members) - 1)
-            places[i] = (x + shift, layer + (0.5 if kind == "neurons" else 0.0))
-    return places
+def _places(nodes: Sequence[Row]) -> tuple[list[tuple[float, float]], dict[int, float], float]:
+    """(x, y) of each node, the height of each layer that has some, and the height above all of them.
+
+    Layers go from bottom to top on as many lines as their nodes need, heads before the neurons that read them; no two
+    nodes of a line share a place, and lines are shifted so that an edge rarely runs through a node.
+    """
+    by_layer: dict[int, list[int]] = {}
+    for i in sorted(range(len(nodes)), key=lambda i: (nodes[i]["layer"], nodes[i]["kind"], i)):
+        by_layer.setdefault(nodes[i]["layer"], []).append(i)
+    places, ticks, line = [(0.0, 0.0)] * len(nodes), {}, 0
+    for layer, members in by_layer.items():
+        n_lines = -(-len(members) // PER_LINE)
+        ticks[layer] = line + (n_lines - 1) / 2
+        for k in range(n_lines):
+            mine = members[k * len(members) // n_lines : (k + 1) * len(members) // n_lines]
+            shift = line * 0.618 % 1 - 0.5  # of a slot
+            for j, i in enumerate(mine):
+                lift = 0.12 if nodes[i]["kind"] == "neurons" else -0.12
+                places[i] = (1.7 * ((j + 0.5 + 0.7 * shift) / len(mine) - 0.5), line + lift)
+            line += 1
+    return places, ticks, float(line)

@@ -152,6 +152,30 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(out)
 
 
+@dataclass(frozen=True)
+class Pattern:
+    """How much each token of a text attends to each one: `weights` [T, T], a row per token; `left_off` were cut."""
+
+    pieces: tuple[str, ...]
+    weights: Tensor
+    left_off: int = 0
+
+
+@torch.no_grad()
+def pattern(model: Any, tokenizer: Any, text: str, layer: int, head: int, *, longest: int = 48) -> Pattern:
+    """The attention pattern of one head on a text, of which the first `longest` tokens are read.
+
+    Raises InputError for an empty text or a head that does not exist, HookError for a layer without attention.
+    """
+    _check_unit(model, "heads", layer, head)
+    if not text.strip():
+        raise InputError("there is no text to read; write at least one word")
+    ids = encode_prompt(tokenizer, text)
+    kept = ids[: min(longest, context_length(model) or longest)]
+    weights = capture(model, torch.tensor([kept]), "pattern", layer)["pattern", layer][0, head].float().cpu()
+    return Pattern(pieces(tokenizer, kept), weights, len(ids) - len(kept))
+
+
 def promoted(model: Any, tokenizer: Any, vector: Tensor, top: int = 10) -> dict[str, list[tuple[str, float]]]:
     """The tokens that a push [d_model] on the last residual makes likelier ("up") and less likely ("down").
 
@@ -225,14 +249,7 @@ def _unit_value(
     model: Any, kind: str, layer: int, unit: int, direction: Tensor | None
 ) -> Callable[[dict[str, Tensor]], Iterator[Tensor]]:
     """A function from a batch to the unit's value [T] in each of its rows."""
-    anatomy = resolve(model)
-    widths = {"heads": anatomy.n_heads, "neurons": anatomy.d_mlp}
-    if kind not in widths:
-        raise unknown("kind of unit", kind, UNITS)
-    if not (0 <= layer < anatomy.n_layers and 0 <= unit < widths[kind]):
-        raise InputError(
-            f"{kind[:-1]} {layer}.{unit} does not exist; the model has {anatomy.n_layers} layers of {widths[kind]}"
-        )
+    _check_unit(model, kind, layer, unit)
     if kind == "neurons":
         return lambda batch: iter(
             capture(model, batch, "mlp_post", layer, positions="all")["mlp_post", layer][..., unit].float().cpu()
@@ -250,6 +267,17 @@ def _unit_value(
             yield (scale.float() * (writes @ along_it)).cpu()
 
     return value
+
+
+def _check_unit(model: Any, kind: str, layer: int, unit: int) -> None:
+    anatomy = resolve(model)
+    widths = {"heads": anatomy.n_heads, "neurons": anatomy.d_mlp}
+    if kind not in widths:
+        raise unknown("kind of unit", kind, UNITS)
+    if not (0 <= layer < anatomy.n_layers and 0 <= unit < widths[kind]):
+        raise InputError(
+            f"{kind[:-1]} {layer}.{unit} does not exist; the model has {anatomy.n_layers} layers of {widths[kind]}"
+        )
 
 
 def written_by(model: Any, layer: int, neuron: int) -> Tensor:

@@ -12,6 +12,7 @@ from emocircuits.plots import emotion_color
 
 NEUTRAL = "#6B4FD8"
 GREY = "#80868F"
+SCALE = "Full colour: the top 2% of all weights but those on the first token, where heads rest."
 TOOLBAR = 34  # pixels above the first line, so that the toolbar hides no word of it
 
 
@@ -112,6 +113,23 @@ def layer_map(scores: Matrix, layers: Sequence[int], pieces: Sequence[str]) -> g
     rows = [f"{i} {_visible(piece)}" for i, piece in enumerate(pieces)]  # the number keeps equal tokens apart
     return heat(scores, list(layers), rows, scale, (-top, top), "layer", height=110 + 17 * len(rows),
                 show_values=False, title="projection, residual norms")  # fmt: skip
+
+
+def pattern_map(pieces: Sequence[str], weights: Matrix) -> go.Figure:
+    """Attention of each token (down) to each one (across), from [T][T].
+
+    The scale ends below the largest weights and leaves out the first token, where heads put what they do not use.
+    """
+    known = sorted(v for row in weights for v in numbers(row[1:]) if v)
+    top = known[int(0.98 * (len(known) - 1))] if known else 1.0
+    scale, names = ((0.0, alpha(NEUTRAL, 0.0)), (1.0, alpha(NEUTRAL, 0.9))), [_visible(piece) for piece in pieces]
+    rows, across = [f"{i} {name}" for i, name in enumerate(names)], list(range(len(names)))
+    fig = heat(weights, across, rows, scale, (0.0, top), "attends to", height=150 + 15 * len(rows), show_values=False,
+               title="attention")  # fmt: skip
+    words = [[f"{text(row)} to {i} {text(name)}" for i, name in enumerate(names)] for row in rows]
+    fig.update_traces(text=words, hovertemplate="%{text}: %{z:.1%}<extra></extra>")
+    fig.update_xaxes(tickvals=across, ticktext=[text(name) for name in names], tickangle=-60, tickfont_size=10)
+    return fig.update_yaxes(tickfont_size=10)
 
 
 def promoted_bars(found: Mapping[str, Sequence[tuple[str, float]]]) -> go.Figure:

@@ -313,12 +313,70 @@ def test_a_unit_shows_where_it_is_active(home: Path, open_app: Any) -> None:
     for unit in ("h1.2", "n2.5"):
         at = open_app(home / "whole", "circuits", unit=unit)
         before = len(at.get("plotly_chart"))
-        at.button[0].click().run()
+        at.button(key="contexts").click().run()
         well(at)
         assert len(at.get("plotly_chart")) > before
-    at.text_input(key="unit").set_value("n2.4800").run()
-    at.button[0].click().run()
-    assert "does not exist" in at.warning[0].value
+
+
+def test_any_head_shows_its_attention_on_any_text(home: Path, open_app: Any) -> None:
+    from emocircuits import live
+    from emocircuits.models import load
+
+    at = open_app(home / "whole", "circuits", unit="h3.1", sentence="a dog <b>ran</b> " * 9)
+    before = len(at.get("plotly_chart"))
+    next(b for b in at.button if "attend" in b.label).click().run()
+    well(at)
+    specs = [json.loads(c.proto.spec)["data"][0] for c in at.get("plotly_chart")]
+    assert len(specs) == before + 1
+    model, tokenizer = load(str(home / "tiny-model"))
+    wanted = live.pattern(model, tokenizer, "a dog <b>ran</b> " * 9, 3, 1)
+    assert next(s for s in specs if len(s.get("y", [])) == 48)["type"] == "heatmap"
+    assert f"The first 48 tokens; {wanted.left_off} more are left off" in said(at).replace("\\", "")
+
+
+def test_a_unit_that_the_model_lacks_is_a_sentence_in_every_view(home: Path, open_app: Any) -> None:
+    for unit in ("h99.0", "h0.4", "n2.4800"):
+        for view in ("Heads", "Neurons", "Graph"):
+            at = open_app(home / "whole", "circuits", unit=unit)
+            at.segmented_control[0].set_value(view).run()
+            well(at)
+            assert "This model has no" in at.info[0].value
+            assert "layers 0 to 3 with" in at.info[0].value
+            assert not at.subheader
+
+
+def test_the_unit_shown_first_is_the_best_measured_one_of_the_score_on_show(open_app: Any) -> None:
+    at = open_app(RESULTS / "circuits", "circuits", emotion="fear")  # total effects of layers 0 to 12 only
+    assert at.subheader[0].value == "Head 1 of layer 4"
+    assert "fear: place 1 of 52 by size" in said(at).replace("\\", "")
+    assert "Grey: not measured (measured in layers 0 to 12)" in said(at).replace("\\", "")
+    at.selectbox(key="score").set_value("direct").run()
+    assert at.subheader[0].value == "Head 3 of layer 11"
+    assert "fear: place 1 of 72 by size" in said(at).replace("\\", "")
+    at.text_input(key="unit").set_value("h15.0").run()
+    for words in ("mean ablation, downstream included", "to first order"):
+        assert f"{words}: not measured for this head" in said(at).replace("\\", "").replace(")", "")
+    assert len(at.get("plotly_chart")) == 2  # the map and the one score that this head has
+    at.text_input(key="unit").set_value("h1.2").run()
+    at.selectbox(key="score").set_value("total").run()
+    assert at.subheader[0].value == "Head 2 of layer 1"  # what the reader chose stays
+
+
+def test_a_chosen_unit_comes_right_after_its_figure(home: Path, open_app: Any) -> None:
+    for view, figure in (("Heads", "plotly_chart"), ("Graph", "plotly_chart"), ("Neurons", "dataframe")):
+        at = open_app(home / "whole", "circuits", unit="n1.5")
+        at.segmented_control[0].set_value(view).run()
+        kinds = ["dataframe" if e.type.startswith("arrow") else e.type for e in at.main]
+        first = kinds.index(figure)
+        assert kinds[first + 1 :].index("subheader") <= 1  # nothing but the caption between them
+
+
+def test_a_click_on_a_row_chooses_the_neuron(home: Path, open_app: Any) -> None:
+    at = open_app(home / "whole", "circuits")
+    at.segmented_control[0].set_value("Neurons").run()
+    rows = at.dataframe[0].value["unit"].tolist()
+    assert at.subheader[0].value == f"Neuron {rows[0].split('.')[1]} of layer {rows[0][1]}"
+    assert at.dataframe[0].proto.selection_mode
 
 
 # ------------------------------------------------------------------------------------------------ the command

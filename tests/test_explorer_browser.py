@@ -147,6 +147,21 @@ def test_a_click_on_a_head_shows_it_and_puts_it_into_the_url(tab: chromium.Tab, 
     tab.wait("location.search.includes('unit=h1.1')")
 
 
+def test_a_click_on_a_row_shows_the_neuron_and_puts_it_into_the_url(tab: chromium.Tab, server: str) -> None:
+    tab.look()
+    tab.open(f"{server}/circuits?run=whole&view=Neurons")
+    tab.wait("""document.querySelector('[data-testid="stDataFrame"] canvas') !== null""")
+    place = tab.js("""(() => {
+        const box = document.querySelector('[data-testid="stDataFrame"] canvas').getBoundingClientRect();
+        return [box.left + 0.7 * box.width, box.top + 3 * 35 + 17];
+    })()""")
+    tab.click(*place)
+    tab.wait("location.search.includes('unit=n')")
+    unit = tab.js("new URLSearchParams(location.search).get('unit')")
+    layer, number = unit[1:].split(".")
+    tab.wait(f"document.body.innerText.includes('Neuron {number} of layer {layer}')")
+
+
 def test_writing_in_the_playground(tab: chromium.Tab, server: str) -> None:
     tab.look()
     tab.open(f"{server}/steer?run=whole&prompt=the+dog+ran&tokens=8")

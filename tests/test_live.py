@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -19,7 +20,7 @@ from emocircuits.directions import DirectionSet
 from emocircuits.errors import InputError
 from emocircuits.evaluation.fluency import perplexity
 from emocircuits.generation import Decoding, generate
-from emocircuits.live_plots import along_lines, layer_map, promoted_bars, token_strip
+from emocircuits.live_plots import along_lines, layer_map, pattern_map, promoted_bars, token_strip
 from emocircuits.models.anatomy import resolve
 from emocircuits.reading import Example, read
 
@@ -111,6 +112,10 @@ def test_bad_requests_are_refused_before_any_work(llama: Any, tokenizer: Any) ->
         live.along(llama, tokenizer, directions(), "a b " * 4000)
     with pytest.raises(InputError, match="head 1.99 does not exist"):
         live.contexts(llama, tokenizer, [TEXT], "heads", 1, 99, direction=torch.ones(32))
+    with pytest.raises(InputError, match="head 9.0 does not exist"):
+        live.pattern(llama, tokenizer, TEXT, 9, 0)
+    with pytest.raises(InputError, match="no text"):
+        live.pattern(llama, tokenizer, "  ", 1, 0)
     with pytest.raises(InputError, match="needs a direction"):
         live.contexts(llama, tokenizer, [TEXT], "heads", 1, 0)
     with pytest.raises(InputError, match="no texts"):
@@ -130,6 +135,22 @@ def test_reading_along_equals_reading_and_perplexity(model: Any, tokenizer: Any,
     assert found.perplexity == pytest.approx(perplexity(model, tokenizer, [prompt], [TEXT])[0], rel=1e-4)
     assert "".join(found.pieces) == tokenizer.decode(tokenizer(TEXT, add_special_tokens=False)["input_ids"])
     assert found.at(2).shape == (len(found.pieces), 2)
+
+
+def test_a_pattern_is_what_the_models_own_eager_attention_does(model: Any, tokenizer: Any) -> None:
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    ids = tokenizer(PROMPT + TEXT)["input_ids"]
+    with torch.no_grad():
+        wanted = eager(torch.tensor([ids]), output_attentions=True).attentions
+    for layer, head in ((0, 1), (3, 2)):
+        found = live.pattern(model, tokenizer, PROMPT + TEXT, layer, head)
+        assert torch.allclose(found.weights, wanted[layer][0, head], atol=1e-5)
+        assert found.pieces == live.pieces(tokenizer, ids)
+        assert found.left_off == 0
+    cut = live.pattern(model, tokenizer, PROMPT + TEXT, 1, 0, longest=5)
+    assert torch.allclose(cut.weights, wanted[1][0, 0, :5, :5], atol=1e-5)
+    assert (len(cut.pieces), cut.left_off) == (5, len(ids) - 5)
 
 
 def test_promoted_tokens_are_those_whose_logits_a_push_raises_most(model: Any, tokenizer: Any) -> None:
@@ -202,6 +223,12 @@ def test_figures_hold_their_numbers_and_gaps() -> None:
     assert lines.data[1].name == "&lt;b&gt;"
     assert along_lines(["a"], [[0.0, 1.0]], ["anger", "fear"], only=["fear"]).data[0].visible == "legendonly"
     assert len(layer_map([[0.1, math.nan]], [0, 1], ["<a>"]).data[0].y) == 1
+    shown = pattern_map(["<b>", "a", "a"], [[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.6, 0.2, 0.2]])
+    assert [list(row) for row in shown.data[0].z] == [[1.0, 0.0, 0.0], [0.9, 0.1, 0.0], [0.6, 0.2, 0.2]]
+    assert len(set(shown.data[0].y)) == 3
+    assert shown.data[0].zmax == 0.2  # not of the first token
+    assert "<b>" not in str(shown.data[0].text) + str(shown.layout.xaxis.ticktext) + str(shown.data[0].y)
+    assert pattern_map(["a"], [[1.0]]).data[0].zmax == 1.0
     bars = promoted_bars({"up": [("<s>", 2.0)], "down": [("x", -1.0)]})
     assert list(bars.data[0].x) == [2.0, -1.0]
     assert "<s>" not in str(bars.layout.yaxis.ticktext)
