@@ -9,7 +9,7 @@ from typing import Any
 import streamlit as st
 
 from dashboards import folders, livemodel, units
-from dashboards.shell import STRIP, draw, missing, table
+from dashboards.shell import STRIP, cells, draw, missing, table
 from dashboards.units import UnitName
 from dashboards.words import md, num
 from emocircuits import live_plots, plots
@@ -187,9 +187,8 @@ def _contexts(data: RunData, unit: UnitName, emotion: str) -> None:
 def _strips(best: Any, words: Any, kind: str, emotion: str) -> None:
     what = f"what it adds along {emotion}, in residual norms" if kind == "heads" else "its activation"
     top = max((abs(c.value) for c in best), default=1.0)
-    columns = st.columns(2)
-    for i, context in enumerate(best):
-        with columns[i % 2]:
+    for (i, context), place in cells(list(enumerate(best)), 2):
+        with place:
             draw(live_plots.token_strip(context.pieces, context.values, plots.emotion_color(emotion), top=top),
                  f"{i + 1}: {num(context.value, '+.3g')}", what, key=f"context-{i}", width=STRIP)  # fmt: skip
     if words is not None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+import notebooks
 import results
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS, RESULTS, BENCHMARKS = "experiments/notebooks", "experiments/results", "experiments/benchmarks/results"
+RUN = "build/notebooks"  # where .ci/run keeps what it ran
 SHOWN_AS_IS = ("png", "svg", "json")
 ROOMS = {  # page: title, folder, modules to begin with; of the package itself only these, of a room all that are public
     "load": ("Loading models", "emocircuits/models", "load anatomy"),
@@ -56,6 +57,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages, and the pictures and tables that pages link to."""
     for uri, content in generated().items():
         files.append(File.generated(config, uri, content=content))
+    files.append(File.generated(config, notebooks.PLOTLY, content=notebooks.plotly()))
     for folder in (NOTEBOOKS, RESULTS, BENCHMARKS):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix[1:] in (*SHOWN_AS_IS, "ipynb"):
@@ -86,13 +88,14 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
 
 def generated() -> dict[str, str]:
     """All generated pages, path -> Markdown."""
-    notebooks = {f"{NOTEBOOKS}/{p.stem}.md": _notebook(p) for p in sorted((ROOT / NOTEBOOKS).glob("*.ipynb"))}
+    tours = sorted((ROOT / NOTEBOOKS).glob("*.ipynb"))
+    toured = {f"{NOTEBOOKS}/{p.stem}.md": notebooks.page(p, ROOT / RUN / p.name) for p in tours}
     found = {f"{RESULTS}/{name}": text for name, text in results.pages(ROOT / RESULTS).items()}
     api = {f"api/{page}.md": _room(*room) for page, room in ROOMS.items()}
     cpu = {f"{BENCHMARKS}/cpu.md": (ROOT / BENCHMARKS / "cpu.md").read_text("utf-8")}
     home = {"index.md": "---\nhide: [navigation]\n---\n" + (ROOT / "README.md").read_text("utf-8")}
     indexed = {}
-    for folder, pages in ((NOTEBOOKS, notebooks), (RESULTS, found), ("api", api)):
+    for folder, pages in ((NOTEBOOKS, toured), (RESULTS, found), ("api", api)):
         lines = [f"- [{_title(text)}]({uri.removeprefix(f'{folder}/')})" for uri, text in pages.items()]
         indexed |= {f"{folder}/index.md": INDEX[folder] + "\n".join(lines) + "\n", **pages}
     return {**home, **indexed, **cpu}
@@ -100,17 +103,6 @@ def generated() -> dict[str, str]:
 
 def _title(markdown: str) -> str:
     return next((line.removeprefix("# ") for line in markdown.splitlines() if line.startswith("# ")), "Untitled")
-
-
-def _notebook(path: Path) -> str:
-    """The cells of a notebook, text and code; its figures appear when it is run."""
-    cells = []
-    for cell in json.loads(path.read_text("utf-8"))["cells"]:
-        source = "".join(cell["source"])
-        cells.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
-    title, *rest = cells
-    head, _, lead = title.partition("\n")
-    return "\n\n".join([head, f"[Download this notebook]({path.name}) and run it to see its figures.", lead, *rest])
 
 
 def _room(title: str, folder: str, first: str) -> str:
