@@ -86,7 +86,7 @@ def heat(
         showscale=not show_values,
         colorbar={**bar, "title": {"text": title, "side": "top"}},
     )
-    fig.update_xaxes(showgrid=False, tickangle=-40 if text_columns else 0, title_standoff=None)
+    fig.update_xaxes(showgrid=False, tickangle=-40 if text_columns else 0)
     fig.update_xaxes({"type": "category"} if show_values else {"dtick": 1 if len(columns) <= FEW else 2})
     return fig.update_yaxes(showgrid=False, autorange="reversed", type="category")
 
