@@ -94,7 +94,7 @@ def _head_effects(s: Shown, unit: UnitName) -> bool:
             place, of = units.head_rank(circuits, unit, s.emotion, score)
             note = f"{s.emotion}: place {place} of {of} by size." if place else f"{s.emotion}: not measured."
             draw(units.effect_bars(values, "effect"), units.SCORES[score].capitalize(), note)
-    for score in effects.keys() - measured.keys():
+    for score in (s for s in effects if s not in measured):
         where = units.measured_layers(circuits["heads"][score][0])
         st.caption(md(f"{units.SCORES[score].capitalize()}: not measured for this head ({where or 'nowhere'})."))
     return bool(effects)

@@ -72,7 +72,7 @@ def clickable(fig: go.Figure, effects: Sequence[Sequence[Any]], chosen: UnitName
         text=["not measured" if v is None else f"{v:+.3g}" for _, _, v in cells],
         hovertemplate="head %{x} of layer %{y}: %{text}<extra></extra>",
     )  # fmt: skip
-    fig.update_yaxes(range=[len(effects) - 0.5, -0.5])  # markers would leave room around the cells
+    fig.update_yaxes(range=[len(effects) - 0.5, -0.5], autorange=False)  # markers would leave room around the cells
     if chosen is not None and chosen.kind == "heads":
         x, y = chosen.number, chosen.layer
         fig.add_shape(
