@@ -12,6 +12,7 @@ PLOTLY = "assets/plotly.min.js"
 UP = "../../"  # from a notebook's page to the site's root
 FIGURE = "application/vnd.plotly.v1+json"
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+OBJECT = re.compile(r"<\S+ object>")  # HTML for a notebook's own page, such as plotly's script
 Cell = dict[str, Any]
 
 
@@ -62,9 +63,10 @@ def _shown(output: Cell, name: str) -> str:
         return (
             f'<div id="{name}" style="height: {height}px"></div>\n'
             f"<script>{{ const f = {found}; "
-            f"Plotly.newPlot('{name}', f.data, f.layout, {{responsive: true, displaylogo: false}}); }}</script>"
+            f"Plotly.newPlot('{name}', f.data, f.layout, {{responsive: true, displayModeBar: false}}); }}</script>"
         )
-    return _block("".join(data["text/plain"])) if "text/plain" in data else ""
+    said = "".join(data.get("text/plain", ""))
+    return "" if OBJECT.fullmatch(said) else _block(said)
 
 
 def _block(text: str) -> str:
