@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 import traceback
@@ -66,6 +67,11 @@ def page(title: str, show: Callable[[RunData], None]) -> None:
                  icon=":material/error:")  # fmt: skip
         with st.expander("What went wrong"):
             st.code("".join(traceback.format_exception(error)), language=None)
+
+
+def into(command: str, folder: str | Path) -> str:
+    """A command that writes a run into the folder that is shown; an absolute `folder` is taken as it is."""
+    return f"{command} --out {shlex.quote(str(place().root / folder))}"
 
 
 def missing(what: str, why: str, command: str) -> None:
@@ -149,9 +155,9 @@ def choose(label: str, options: Sequence[Any], key: str, *, default: Any = None,
     return options[names.index(found)] if found in names else options[first]
 
 
-def level(label: str, low: float, high: float, value: float, key: str, step: float = 1, **more: Any) -> Any:
-    """A number from a slider, kept in the URL under `key`."""
-    if not low <= st.session_state.get(key, value) <= high:
+def level(label: str, low: float, high: float, value: float | None, key: str, step: float = 1, **more: Any) -> Any:
+    """A number from a slider, kept in the URL under `key`; with None it begins at `low`, and callbacks may set it."""
+    if not low <= st.session_state.get(key, low) <= high:
         del st.session_state[key]
     return st.slider(label, low, high, value, step, key=key, bind="query-params", **more)
 

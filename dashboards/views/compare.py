@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from dashboards import comparing, livemodel
-from dashboards.shell import choose, draw, missing, opened, page, place, table
+from dashboards.shell import choose, draw, into, missing, opened, page, place, table
 from emocircuits import plots
 from emocircuits.report import RunData
 
@@ -16,7 +16,7 @@ def show(data: RunData) -> None:
     others = [name for name in here.names if name != data.path.name]
     if not others:
         missing("There is no other run in this folder", "Runs of the same folder can be compared, say two models.",
-                "emocircuits demo --model MODEL --out runs/other")  # fmt: skip
+                into("emocircuits demo --model MODEL", "other"))  # fmt: skip
         return
     other = opened(here.root / choose("Beside", others, "beside"))
     names = (data.path.name, other.path.name)
