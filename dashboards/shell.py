@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 import traceback
@@ -72,6 +73,11 @@ def page(title: str, show: Callable[[RunData], None]) -> None:
                  icon=":material/error:")  # fmt: skip
         with st.expander("What went wrong"):
             st.code("".join(traceback.format_exception(error)), language=None)
+
+
+def into(command: str, folder: str | Path) -> str:
+    """A command that writes a run into the folder that is shown; an absolute `folder` is taken as it is."""
+    return f"{command} --out {shlex.quote(str(place().root / folder))}"
 
 
 def missing(what: str, why: str, command: str) -> None:

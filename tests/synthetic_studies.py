@@ -9,6 +9,7 @@ import numpy as np
 from synthetic_run import interval
 
 from emocircuits.artefact import write_json_atomic, write_jsonl_atomic
+from emocircuits.reasoning import parts as saved
 
 
 def write_anchors(path: Path, steps: int = 5, n: int = 3) -> Path:
@@ -26,7 +27,7 @@ def write_anchors(path: Path, steps: int = 5, n: int = 3) -> Path:
     parts = []
     for i in range(n):
         shares = rng.dirichlet(np.ones(3), steps + 1).T
-        lower = np.where(np.tril(np.ones((steps, steps)), -1) > 0, rng.uniform(size=(steps, steps)), np.nan)
+        lower = saved.Lower(rng.uniform(size=steps * (steps - 1) // 2).astype(np.float32), steps)
         found = {"shares": dict(zip(emotions, shares.tolist()))}
         part = {
             "id": f"p{i}", "steps": [f"Step {k} of <b>trace</b> {i}." for k in range(steps)],
@@ -34,9 +35,10 @@ def write_anchors(path: Path, steps: int = 5, n: int = 3) -> Path:
             "named": [k % 2 for k in range(steps)], "tokens": [5] * steps, "forced": {**found, "kl": rows(1.0)},
             "sampled": {**found, "tokens": 40, "resampling": rows(1.0), "counterfactual": rows(1.0)},
             "receivers": {
-                "kurtosis": rng.normal(size=(4, 4)).tolist(), "vertical": rng.uniform(size=(4, 4, steps)).tolist(),
+                "kurtosis": rng.normal(size=(4, 4)).tolist(),
+                "vertical": rng.uniform(size=(4, 4, steps)).astype(np.float32),
             },
-            "suppression": {"kl": lower.tolist(), "on_answer": rng.uniform(size=steps).tolist(), "noise": 1e-9},
+            "suppression": {"kl": lower, "on_answer": rng.uniform(size=steps).tolist(), "noise": 1e-9},
             "emotion": {
                 "layer": 2, "emotions": emotions, "carried": rng.normal(size=(steps, 3)).tolist(), "judged": "fear",
                 "pushed": "joy", "doses": [-0.1, 0.1], "odds": rng.normal(size=(steps, 2)).tolist(),
@@ -45,7 +47,7 @@ def write_anchors(path: Path, steps: int = 5, n: int = 3) -> Path:
             },
         }  # fmt: skip
         parts.append(_clean(part))
-        write_json_atomic(path / f"trace_p{i}.json", parts[-1])
+        saved.write(path / f"trace_p{i}.json", parts[-1])
         told = [
             {"boundary": 0, "index": k, "text": "So. <i>It</i> goes.", "step": "So.", "answer": "fear"} for k in (0, 1)
         ]

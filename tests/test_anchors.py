@@ -23,6 +23,7 @@ from emocircuits.reasoning import findings
 from emocircuits.reasoning.answers import Boxed, Labels, LikelihoodAnswers, Pattern
 from emocircuits.reasoning.command import parse_answers, read_traces
 from emocircuits.reasoning.importance import Similarity
+from emocircuits.reasoning.parts import read
 from emocircuits.reasoning.steps import split
 from emocircuits.reasoning.study import Plan, _sampled, emotional_plan, problem_traces, run_anchors
 from emocircuits.reasoning.traces import Trace
@@ -60,7 +61,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Loaded, Direc
 
 @pytest.fixture(scope="module")
 def parts(study: tuple[Path, Loaded, DirectionSet]) -> list[dict[str, Any]]:
-    return [json.loads(p.read_text()) for p in sorted(study[0].glob("trace_*.json"))]
+    return [read(p) for p in sorted(study[0].glob("trace_*.json"))]
 
 
 def test_the_step_that_names_the_emotion_is_the_anchor(parts: list[dict[str, Any]]) -> None:
@@ -72,7 +73,7 @@ def test_the_step_that_names_the_emotion_is_the_anchor(parts: list[dict[str, Any
         assert int(np.argmax(part["suppression"]["on_answer"])) == named
         assert int(np.argmax([step[row] for step in part["emotion"]["carried"]])) == named
         assert len(part["sampled"]["resampling"]) == 4
-        assert np.array(part["suppression"]["kl"]).shape == (4, 4)
+        assert len(part["suppression"]["kl"].block()) == 4
 
 
 def test_the_summary_says_so(study: tuple[Path, Loaded, DirectionSet]) -> None:
@@ -88,7 +89,7 @@ def test_the_summary_says_so(study: tuple[Path, Loaded, DirectionSet]) -> None:
     assert "What carries the reasoning of planted" in page
     assert "Trace =anger" in page
     told = (study[0] / "anchors.md").read_text()
-    assert "| forced | hidden |" in told
+    assert "| asked at once | hidden from attention |" in told
     assert "| +0.50 |" in told
 
 

@@ -162,6 +162,26 @@ def test_a_click_on_a_row_shows_the_neuron_and_puts_it_into_the_url(tab: chromiu
     tab.wait(f"document.body.innerText.includes('Neuron {number} of layer {layer}')")
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("figure", "across", "down", "step"), [(0, 3, 0.0, 3), (1, 1, 0, 0)], ids=["bars", "words"])
+def test_a_click_on_a_step_chooses_it(
+    tab: chromium.Tab, server: str, figure: int, across: float, down: float, step: int, width: int
+) -> None:
+    """Anywhere in a step's column, and on any of its words; the first step needs no place in the URL."""
+    tab.look(width)
+    tab.open(f"{server}/reasoning?run=anchors&step=1")
+    place = tab.js(f"""(() => {{
+        const plot = document.querySelectorAll('.js-plotly-plot')[{figure}], {{xaxis, yaxis}} = plot._fullLayout;
+        const box = plot.getBoundingClientRect();
+        return [box.left + xaxis._offset + xaxis.l2p({across}), box.top + yaxis._offset + yaxis.l2p({down})];
+    }})()""")
+    tab.click(*place)
+    tab.wait(f"[...document.querySelectorAll('h3')].some(h => h.innerText === 'Step {step}')")
+    tab.wait(f"(new URLSearchParams(location.search).get('step') ?? '0') === '{step}'")
+    tab.wait(chromium.READY)
+    assert not tab.js("""document.querySelectorAll('[data-testid="stAlert"]').length""")
+
+
 def test_writing_in_the_playground(tab: chromium.Tab, server: str) -> None:
     tab.look()
     tab.open(f"{server}/steer?run=whole&prompt=the+dog+ran&tokens=8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from dashboards import comparing, folders, livemodel
-from dashboards.shell import choose, draw, missing, opened, page, place, table
+from dashboards.shell import choose, draw, into, missing, opened, page, place, table
 from emocircuits import plots
 from emocircuits.report import RunData
 
@@ -17,7 +17,7 @@ def show(data: RunData) -> None:
     others = [n for n in here.names if n != data.path.name and folders.kind(here.root / n) == kind]
     if not others:
         missing("There is no other run of this kind here", "Runs beside each other are compared, say of two models.",
-                "emocircuits demo --model MODEL --out runs/other")  # fmt: skip
+                into("emocircuits demo --model MODEL", "other"))  # fmt: skip
         return
     other = opened(here.root / choose("Beside", others, "beside"))
     names = (data.path.name, other.path.name)

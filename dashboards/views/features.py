@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import streamlit as st
 
 from dashboards import features
-from dashboards.shell import choose, draw, missing, page, source, table
+from dashboards.shell import choose, draw, into, missing, page, source, table
 from dashboards.words import md, num, rate
 from emocircuits.report import RunData
 
-COMMAND = "emocircuits sae demo --out runs/sae"
+COMMAND = "emocircuits sae demo"
 VIEWS = ("Latents", "Map", "Steering", "Quality")
 
 
@@ -17,13 +19,17 @@ def show(data: RunData) -> None:
     """A run of SAEs: this one, else one beside it."""
     folder = source(
         data, "features", "SAE run", "sae", "No sparse autoencoder in this folder",
-        "It learns a dictionary of reasoning steps and emotional texts, and says which entries steer.", COMMAND,
+        "It learns a dictionary of reasoning steps and emotional texts, and says which entries steer.",
+        into(COMMAND, "sae"),
     )  # fmt: skip
     if folder is None:
         return
     found = features.read(folder)
     view = choose("View", VIEWS, "view", buttons=True)
-    {"Latents": _latents, "Map": _map, "Steering": _steering, "Quality": _quality}[view](found)
+    if view == "Map":
+        _map(found, folder)
+    else:
+        {"Latents": _latents, "Steering": _steering, "Quality": _quality}[view](found)
 
 
 def _latents(found: features.Found) -> None:
@@ -52,12 +58,13 @@ def _latents(found: features.Found) -> None:
     )
 
 
-def _map(found: features.Found) -> None:
+def _map(found: features.Found, folder: Path) -> None:
     from saes import plots
 
     geometry = found.get("geometry")
     if not geometry:
-        missing("This run has no map of its decoder", "The same command adds it; what is there is kept.", COMMAND)
+        missing("This run has no map of its decoder", "The same command adds it; what is there is kept.",
+                into(COMMAND, folder))  # fmt: skip
         return
     st.markdown(md(features.separation(geometry)))
     draw(plots.decoder_map(geometry["places"], geometry["kinds"]), "Decoder rows, UMAP by cosine",

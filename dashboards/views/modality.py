@@ -9,19 +9,20 @@ from typing import Any
 import streamlit as st
 
 from dashboards import modality
-from dashboards.shell import choose, draw, missing, page, source, step, table
+from dashboards.shell import choose, draw, into, missing, page, source, step, table
 from dashboards.words import md
 from emocircuits.multimodal import plots
 from emocircuits.report import RunData
 
-COMMAND = "emocircuits balance --model MODEL --inputs batch.safetensors --answers anger,sadness,fear --out runs/balance"
+COMMAND = "emocircuits balance --model MODEL --inputs batch.safetensors --answers anger,sadness,fear"
 
 
 def show(data: RunData) -> None:
     """A balance run or the test bed's results: this run's own, else one beside it."""
     folder = source(
         data, "modality", "Modality run", "balance", "No run about modalities in this folder",
-        "It reads batches that a multimodal model's processor returned, and says what drives the answers.", COMMAND,
+        "It reads batches that a multimodal model's processor returned, and says what drives the answers.",
+        into(COMMAND, "balance"),
     )  # fmt: skip
     if folder is None:
         return
@@ -31,7 +32,7 @@ def show(data: RunData) -> None:
         _balance(found)
         if moved is None:
             missing("Reallocation was not measured in this run", "The same command adds it; batches are not measured "
-                    "again.", COMMAND.replace("runs/balance", str(folder)))  # fmt: skip
+                    "again.", into(COMMAND, folder))  # fmt: skip
         else:
             _moved(folder, moved, "What moves the answer")
         return

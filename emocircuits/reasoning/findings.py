@@ -21,6 +21,8 @@ from .._report_html import Page, esc, interval, num, table
 from ..evaluation.statistics import clustered_bootstrap, holm, rank_correlation
 from . import plots
 from .label_tables import category_table
+from .names import PUSHES, name_of, pair
+from .parts import strongest, window
 from .receivers import mean_map, receiver_heads, split_half
 from .traces import Steps, Trace
 
@@ -207,24 +209,22 @@ def markdown(found: Part, model: str) -> str:
     said = [f"# What carries the reasoning of {model}", *map(plain, sentences(found))]
     beyond = {(r["a"], r["b"]): r for r in found["beyond_position"]}
     rows = [
-        [r["a"], r["b"], cell(r), cell(beyond.get((r["a"], r["b"]))), str(r["n"])]
+        [name_of(r["a"]), name_of(r["b"]), cell(r), cell(beyond.get((r["a"], r["b"]))), str(r["n"])]
         for r in found["correlations"]
         if r["n"]
     ]
     said.append("Spearman correlation within a trace, mean over traces [95 %]; beside it with position taken out.")
     said.append(markdown_table(["measure", "with", "correlation", "beyond position", "traces"], rows))
-    said.append("\n".join(f"- `{n}`: {words}" for n, words in found["measures"].items()))
+    said.append("\n".join(f"- {name_of(n)}: {words}" for n, words in found["measures"].items()))
     if found["pushes"]:
-        names = ("most", "least", "everywhere", "control_everywhere", "beyond_random")
-        rows = [[f"{r['dose']:+.2f}", *(cell(r[n], "+.2f") for n in names)] for r in found["pushes"]]
+        rows = [[f"{r['dose']:+.2f}", *(cell(r[n], "+.2f") for n in PUSHES)] for r in found["pushes"]]
         said.append("Change of the runner-up emotion's log-odds when steps are pushed, by dose in residual norms.")
-        heads = ["dose", "most important step", "least", "all steps", "random direction, all steps", "difference"]
-        said.append(markdown_table(heads, rows))
+        said.append(markdown_table(["dose", *PUSHES.values()], rows))
     if found["categories"]:
         names = [n for n in found["measures"] if n in found["categories"][0]]
         rows = [[c["category"], str(c["n"]), *(cell(c[n], ".3f") for n in names)] for c in found["categories"]]
         said.append("Means by kind of step: within a trace first, then across traces.")
-        said.append(markdown_table(["kind", "steps", *names], rows))
+        said.append(markdown_table(["kind", "steps", *map(name_of, names)], rows))
     return "\n\n".join(said) + "\n"
 
 
@@ -275,12 +275,18 @@ def sentences(found: Part) -> list[str]:
 def _agreement(made: Page, found: Part) -> str:
     main = [r for r in found["correlations"] if r["a"] in ("forced", "resampling")]
     beyond = {(r["a"], r["b"]): r for r in found["beyond_position"]}
-    drawn = [{**r, "name": f"{r['a']} ~ {r['b']}"} for r in main]
+    drawn = [{**r, "name": pair(r)} for r in main]
     rows = [
-        [esc(r["a"]), esc(r["b"]), interval(r, ".2f"), interval(beyond.get((r["a"], r["b"])), ".2f"), str(r["n"])]
+        [
+            esc(name_of(r["a"])),
+            esc(name_of(r["b"])),
+            interval(r, ".2f"),
+            interval(beyond.get((r["a"], r["b"])), ".2f"),
+            str(r["n"]),
+        ]
         for r in found["correlations"]
     ]
-    legend = "".join(f"<li><b>{esc(n)}</b>: {esc(w)}</li>" for n, w in found["measures"].items())
+    legend = "".join(f"<li><b>{esc(name_of(n))}</b>: {esc(w)}</li>" for n, w in found["measures"].items())
     words = "Spearman correlation within a trace, averaged over traces; beside it with position partialled out."
     return (
         f"<ul>{legend}</ul>"
@@ -296,39 +302,55 @@ def _category_table(found: Part) -> str:
         for c in sorted(found["categories"], key=lambda c: c["mean_position"])
     ]
     return table(
-        "Means within a trace, then across.", ["category", "steps", "position", *map(esc, names)], rows, wide=True
+        "Means within a trace, then across.",
+        ["category", "steps", "position", *(esc(name_of(n)) for n in names)],
+        rows,
+        wide=True,
     )
 
 
 def _push_table(found: Part) -> str:
-    columns = {
-        "most": "step that moves the answer most",
-        "least": "least",
-        "everywhere": "all steps",
-        "control_everywhere": "random direction, all steps",
-    }
-    rows = [[num(r["dose"], "+.2f"), *(interval(r[c], "+.2f") for c in columns)] for r in found["pushes"]]
+    rows = [[num(r["dose"], "+.2f"), *(interval(r[c], "+.2f") for c in PUSHES)] for r in found["pushes"]]
     words = "Change of the runner-up emotion's log-odds when its direction is added, by dose in residual norms."
-    return table(words, ["dose", *columns.values()], rows, wide=True)
+    return table(words, ["dose", *PUSHES.values()], rows, wide=True)
 
 
-def _receivers(made: Page, found: Part) -> str:
-    heads = [(layer, head) for layer, head in found["receivers"]["heads"]]
-    halves = found["receivers"]["split_half"]
-    words = f"Split-half reliability over traces: {num(float(np.mean(halves)) if halves else None)}."
-    return made.figure(
-        plots.receiver_map(found["receivers"]["kurtosis"], heads), "Who looks back at single steps", words
+def sharpness(found: Part) -> str:
+    """Which heads the map of receiver heads rings, in words; plain text."""
+    kurtosis, heads = found["receivers"]["kurtosis"], found["receivers"]["heads"]
+    if not heads:
+        return "No head is ringed: over steps so few none has a kurtosis."
+    if sharp := plots.sharp_heads(kurtosis, heads):
+        return f"Ringed: the {len(sharp)} sharpest heads with an excess kurtosis above 0, where 0 is even."
+    layer, head = heads[0]
+    top = num(kurtosis[layer][head])
+    return (
+        "No head is sharper than even: beyond the first layer none has an excess kurtosis above 0 "
+        f"(the greatest is {top}), so none is ringed."
     )
 
 
+def _receivers(made: Page, found: Part) -> str:
+    halves = found["receivers"]["split_half"]
+    words = f"{esc(sharpness(found))} Split-half reliability over traces: "
+    words += f"{num(float(np.mean(halves)) if halves else None)}."
+    drawn = plots.receiver_map(found["receivers"]["kurtosis"], found["receivers"]["heads"])
+    return made.figure(drawn, "Who looks back at single steps", words)
+
+
 def _trace(made: Page, part: Part) -> str:
-    steps, body = part["steps"], ""
-    shares = part["sampled"]["shares"] if "sampled" in part else part["forced"]["shares"]
-    answers = plots.answers_along(shares, part["truth"], asked="sampled" not in part)
-    body += made.figure(answers, "Answers along the trace")
+    """A trace's figures; of a long one the steps around the most important one."""
+    source = part.get("sampled") or part["forced"]
     rows = part["sampled"]["resampling"] if "sampled" in part else part["forced"]["kl"]
-    body += made.figure(plots.importance_along(steps, rows), "Importance of each step")
-    kl = part["suppression"]["kl"]
-    body += made.figure(plots.step_graph(kl, steps, part["labels"]), "What each step needs of earlier ones")
+    n = len(part["steps"])
+    start, stop = window(n, strongest(rows))
+    steps, labels = part["steps"][start:stop], part["labels"][start:stop]
+    shares = {answer: curve[start : stop + 1] for answer, curve in source["shares"].items()}
+    answers = plots.answers_along(shares, part["truth"], asked="sampled" not in part, first=start)
+    body = made.figure(answers, "Answers along the trace")
+    body += made.figure(plots.importance_along(steps, rows[start:stop], first=start), "Importance of each step")
+    links = plots.step_graph(part["suppression"]["kl"].block(start, stop), steps, labels, first=start)
+    body += made.figure(links, "What each step needs of earlier ones")
     listed = "".join(f"<li>{esc(s)}</li>" for s in steps)
-    return f'<ol start="0">{listed}</ol>{body}'
+    cut = f"<p>Steps {start} to {stop - 1} of {n}, around the most important one.</p>" if len(steps) < n else ""
+    return f'{cut}<ol start="{start}">{listed}</ol>{body}'

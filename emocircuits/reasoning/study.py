@@ -6,7 +6,7 @@ Every trace is a stage of the run folder with a rollout store of its own, so an 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..models.fingerprint import fingerprint
 from ..models.load import Loaded
 from ..multimodal.balance import Answers as Scored
 from ..runs import Run
+from . import parts as saved
 from .answers import LikelihoodAnswers
 from .emotion import carried, push_steps
 from .engines import Job, LocalEngine, Sampling
@@ -150,7 +151,7 @@ def measure(
     layer: int | None = None, store: Path | None = None, similarity: Similarity | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything about one trace as plain JSON values: black box, white box and, with directions, emotion."""
+    """Everything about one trace, as `parts.read` gives it: black box, white box and, with directions, emotion."""
     model, tokenizer = loaded.model, loaded.tokenizer
     engine = LocalEngine(model, tokenizer)
     found: dict[str, Any] = {
@@ -195,9 +196,9 @@ def _inside(model: Any, tokenizer: Any, trace: Trace, plan: Plan, answers: Any) 
     hidden, n = suppression_matrix(model, [*ids, ids[-1]], (*bounds, *ends)), len(trace)
     return {
         "tokens": [b - a for a, b in pairwise(bounds)],
-        "receivers": {"kurtosis": kurtosis(scores).tolist(), "vertical": scores.tolist()},
+        "receivers": {"kurtosis": kurtosis(scores).tolist(), "vertical": scores.float().numpy()},
         "suppression": {
-            "kl": hidden.kl[:n, :n].tolist(),
+            "kl": saved.Lower.of(hidden.kl[:n, :n].numpy()),
             "on_answer": hidden.kl[-1, :n].tolist(),
             "noise": hidden.noise,
         },
@@ -258,18 +259,25 @@ def run_anchors(
         stage = f"trace_{_file_name(name)}"
         store = run.file(f"{stage}.rollouts.jsonl")
         parts.append(
-            run.json_stage(
-                stage,
+            _stage(
+                run, stage,
                 lambda t=trace, s=store: measure(
                     loaded, t, answers, plan, directions=directions, layer=layer, store=s, similarity=similarity
                 ),
             )
-        )
+        )  # fmt: skip
         if progress is not None and task is not None:
             progress.advance(task)
     found = run.json_stage("anchors", lambda: _clean(summary(parts, plan.seed)))
     artefact.write_text_atomic(run.file("anchors.md"), markdown(found, loaded.name))
     return artefact.write_text_atomic(run.file("report.html"), page(found, parts, loaded.name))
+
+
+def _stage(run: Run, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A trace as a stage: measured once, and read from its files."""
+    file = run.file(f"{name}.json")
+    files = [file.name, saved.matrices(file).name]
+    return run.stage(name, files, lambda: saved.write(file, make()), lambda: saved.read(file))
 
 
 def _checked(traces: Sequence[Trace]) -> list[str]:
