@@ -11,64 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_run import write_balance, write_run, write_usable_run
-from synthetic_studies import write_anchors, write_sae
+from explorer_app import APP, said, sections, well
+from explorer_app import home as home
+from explorer_app import open_app as open_app
 
 from emocircuits import cli, explore
 from emocircuits.artefact import write_json_atomic
 from emocircuits.errors import InputError, MissingPackageError
 
-testing = pytest.importorskip("streamlit.testing.v1", reason="streamlit is not installed: emocircuits[dashboard]")
-
-APP = Path(__file__).parents[1] / "dashboards" / "app.py"
 VIEWS = ("overview", "directions", "circuits", "steer", "modality", "reasoning", "features", "compare", "about")
 HOSTILE = "<img src=x onerror=alert(1)> **b** ![](http://evil.example/x) $x$ :red[y] [z](javascript:alert(2))"
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs: one whose model loads, a second one, a partial one, and one about modalities."""
-    root = tmp_path_factory.mktemp("explorer") / "runs"
-    write_usable_run(root / "whole")
-    write_run(root / "other", emotions=("anger", "fear", "joy"), layers=4, scenarios=2, seed=1)
-    write_json_atomic(root / "partial" / "manifest.json", {"kind": "run", "settings": {"model": "demo"}, "stages": {}})
-    write_balance(root / "balance")
-    write_anchors(root / "anchors")
-    write_sae(root / "sae")
-    return root
-
-
-@pytest.fixture
-def open_app(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Opens the app on a folder at a page, with what the URL says."""
-
-    def make(folder: Path, view: str = "overview", **query: str) -> Any:
-        monkeypatch.setattr(sys, "argv", ["app.py", str(folder)])
-        at = testing.AppTest.from_file(str(APP), default_timeout=60)
-        for name, value in query.items():
-            at.query_params[name] = value
-        at.run()
-        return at.switch_page(f"views/{view}.py").run() if view != "overview" else at
-
-    return make
-
-
-def sections(at: Any) -> list[str]:
-    """The buttons that change the view of a page."""
-    return list(at.segmented_control[0].options) if at.segmented_control else []
-
-
-def well(at: Any) -> None:
-    """No exception, no error, no warning, and a heading."""
-    assert not at.exception, at.exception
-    assert [e.value for e in (*at.error, *at.warning)] == []
-    assert at.header
-
-
-def said(at: Any) -> str:
-    """All words of a page that stand in Markdown or text."""
-    kinds = ("markdown", "caption", "text", "code", "error", "warning", "info", "success", "header", "subheader")
-    return "\n".join(str(element.value) for kind in kinds for element in getattr(at, kind))
 
 
 # ------------------------------------------------------------------------------------------------ pages
@@ -272,114 +224,6 @@ def test_readings_are_drawn_at_any_layer(home: Path, open_app: Any, monkeypatch:
     assert "pip install umap" in at.info[0].value.replace("\\", "")
 
 
-# ------------------------------------------------------------------------------------------------ with the model
-
-
-def test_reading_a_text_gives_every_token(home: Path, open_app: Any) -> None:
-    at = open_app(home / "whole", "directions", text="so mad <b>now</b>")
-    at.segmented_control[0].set_value("Read a text").run()
-    at.button[0].click().run()
-    well(at)
-    table = at.dataframe[0].value
-    assert len(table) == len("so mad <b>now</b>")  # the tokenizer's tokens are letters
-    assert set(table.columns) == {"token", "surprisal, nats", "anger", "fear", "joy"}
-    shown = [json.loads(c.proto.spec)["data"][0].get("text") for c in at.get("plotly_chart")]
-    assert "&lt;" in str(shown[0])
-
-
-def test_the_playground_writes_what_the_library_writes(home: Path, open_app: Any) -> None:
-    from emocircuits import live
-    from emocircuits.generation import Decoding
-    from emocircuits.models import load
-    from emocircuits.steering import Steerer
-
-    at = open_app(home / "whole", "steer", prompt="the dog ran", tokens="8", strength="2.0")
-    at.slider(key="mix-joy").set_value(-1.0).run()
-    at.button[0].click().run()
-    well(at)
-    model, tokenizer = load(str(home / "tiny-model"))
-    saved = {e: Steerer.load(home / "whole" / "steerers" / f"{e}.safetensors") for e in ("anger", "joy")}
-    mixed = live.blend([(saved["anger"], 2.0), (saved["joy"], -2.0)])
-    wanted = live.write(model, tokenizer, "the dog ran", [None, mixed], decoding=Decoding(8, 8, 0.7))
-    assert [t.value for t in at.text] == wanted
-    assert {m.label for m in at.metric} == {"Perplexity, unsteered", "Perplexity, steered"}
-    assert [b.label for b in at.get("download_button") if b.label != "CSV"] == [
-        "Download the steerer",
-        "Download the texts",
-    ]
-
-
-def test_a_unit_shows_where_it_is_active(home: Path, open_app: Any) -> None:
-    for unit in ("h1.2", "n2.5"):
-        at = open_app(home / "whole", "circuits", unit=unit)
-        before = len(at.get("plotly_chart"))
-        at.button(key="contexts").click().run()
-        well(at)
-        assert len(at.get("plotly_chart")) > before
-
-
-def test_any_head_shows_its_attention_on_any_text(home: Path, open_app: Any) -> None:
-    from emocircuits import live
-    from emocircuits.models import load
-
-    at = open_app(home / "whole", "circuits", unit="h3.1", sentence="a dog <b>ran</b> " * 9)
-    before = len(at.get("plotly_chart"))
-    next(b for b in at.button if "attend" in b.label).click().run()
-    well(at)
-    specs = [json.loads(c.proto.spec)["data"][0] for c in at.get("plotly_chart")]
-    assert len(specs) == before + 1
-    model, tokenizer = load(str(home / "tiny-model"))
-    wanted = live.pattern(model, tokenizer, "a dog <b>ran</b> " * 9, 3, 1)
-    assert next(s for s in specs if len(s.get("y", [])) == 48)["type"] == "heatmap"
-    assert f"The first 48 tokens; {wanted.left_off} more are left off" in said(at).replace("\\", "")
-
-
-def test_a_unit_that_the_model_lacks_is_a_sentence_in_every_view(home: Path, open_app: Any) -> None:
-    for unit in ("h99.0", "h0.4", "n2.4800"):
-        for view in ("Heads", "Neurons", "Graph"):
-            at = open_app(home / "whole", "circuits", unit=unit)
-            at.segmented_control[0].set_value(view).run()
-            well(at)
-            assert "This model has no" in at.info[0].value
-            assert "layers 0 to 3 with" in at.info[0].value
-            assert not at.subheader
-
-
-def test_the_unit_shown_first_is_the_best_measured_one_of_the_score_on_show(open_app: Any) -> None:
-    at = open_app(RESULTS / "circuits", "circuits", emotion="fear")  # total effects of layers 0 to 12 only
-    assert at.subheader[0].value == "Head 1 of layer 4"
-    assert "fear: place 1 of 52 by size" in said(at).replace("\\", "")
-    assert "Grey: not measured (measured in layers 0 to 12)" in said(at).replace("\\", "")
-    at.selectbox(key="score").set_value("direct").run()
-    assert at.subheader[0].value == "Head 3 of layer 11"
-    assert "fear: place 1 of 72 by size" in said(at).replace("\\", "")
-    at.text_input(key="unit").set_value("h15.0").run()
-    for words in ("mean ablation, downstream included", "to first order"):
-        assert f"{words}: not measured for this head" in said(at).replace("\\", "").replace(")", "")
-    assert len(at.get("plotly_chart")) == 2  # the map and the one score that this head has
-    at.text_input(key="unit").set_value("h1.2").run()
-    at.selectbox(key="score").set_value("total").run()
-    assert at.subheader[0].value == "Head 2 of layer 1"  # what the reader chose stays
-
-
-def test_a_chosen_unit_comes_right_after_its_figure(home: Path, open_app: Any) -> None:
-    for view, figure in (("Heads", "plotly_chart"), ("Graph", "plotly_chart"), ("Neurons", "dataframe")):
-        at = open_app(home / "whole", "circuits", unit="n1.5")
-        at.segmented_control[0].set_value(view).run()
-        kinds = ["dataframe" if e.type.startswith("arrow") else e.type for e in at.main]
-        first = kinds.index(figure)
-        between = kinds[first + 1 :][: kinds[first + 1 :].index("subheader")]
-        assert set(between) <= {"flex_container", "caption", "download_button"}, "nothing but its own words"
-
-
-def test_a_click_on_a_row_chooses_the_neuron(home: Path, open_app: Any) -> None:
-    at = open_app(home / "whole", "circuits")
-    at.segmented_control[0].set_value("Neurons").run()
-    rows = at.dataframe[0].value["unit"].tolist()
-    assert at.subheader[0].value == f"Neuron {rows[0].split('.')[1]} of layer {rows[0][1]}"
-    assert at.dataframe[0].proto.selection_mode
-
-
 # ------------------------------------------------------------------------------------------------ the command
 
 
@@ -410,34 +254,9 @@ def test_bad_input_to_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         explore.command(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ features
-
-
-def test_latents_are_found_by_words_and_shown_with_their_steps(home: Path, open_app: Any) -> None:
-    at = open_app(home / "sae", "features")
-    well(at)
-    assert any("<b>Shadow</b> 3" in str(t.value.get("text")) for t in at.dataframe)
-    at.text_input[0].set_value("shadow 4").run()
-    well(at)
-    assert any("<b>Shadow</b> 4" in str(t.value.get("text")) for t in at.dataframe)
-    at.text_input[0].set_value("nothing like it").run()
-    assert "No latent matches" in said(at)
-
-
-def test_steering_says_whichever_way_it_came_out(home: Path, open_app: Any) -> None:
-    at = open_app(home / "sae", "features")
-    at.segmented_control[0].set_value("Steering").run()
-    well(at)
-    words = said(at).replace("\\", "")
-    assert "It beats the unsteered texts, random directions and matched latents at dose 1.0 on 30 scenarios" in words
-    assert "anger**: It does not beat every control" in words
-    assert "random (p = 0.3)" in words
-
-
 # ------------------------------------------------------------------------------------------------ results
 
 RESULTS = Path(__file__).parents[1] / "experiments" / "results"
-TESTBED = RESULTS / "nano_mllm"
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -447,53 +266,3 @@ def test_the_results_in_the_repository_are_shown(open_app: Any, name: str, view:
     well(at)
     for section in sections(at):
         well(at.segmented_control[0].set_value(section).run())
-
-
-# ------------------------------------------------------------------------------------------------ modality
-
-
-def test_a_clip_is_seen_and_heard_and_its_answer_moves_with_the_strength(open_app: Any) -> None:
-    at = open_app(TESTBED, "modality", prompt="00: voice anger, face sadness", policy="set point, last")
-    well(at)
-    assert "Answer: **anger (92%)**" in said(at).replace("\\", "")
-    assert len(at.get("image")) == 1
-    assert len(at.get("audio")) == 1
-    at.select_slider[0].set_value("0.2").run()
-    well(at)
-    assert "Answer: **sadness" in said(at)
-    assert "as it is anger (92%)" in said(at).replace("\\", "")
-    at.selectbox[1].set_value("multiply both, last").run()  # a policy without this strength
-    well(at)
-    assert at.select_slider[0].value == "off"
-
-
-def test_a_prompts_answer_changes_with_the_reallocation(home: Path, tmp_path: Path, open_app: Any) -> None:
-    at = open_app(home / "balance", "modality", prompt="batch, row 3")
-    well(at)
-    assert "Answer: **anger (90%)**; as it is anger (90%)" in said(at).replace("\\", "")
-    at.select_slider[0].set_value("1").run()
-    well(at)
-    assert "Answer: **fear (60%)**; as it is anger (90%)" in said(at).replace("\\", "")
-    shutil.copytree(home / "balance", tmp_path / "old")
-    (tmp_path / "old" / "clips").mkdir()
-    shutil.copyfile(TESTBED / "clips" / "00.png", tmp_path / "old" / "clips" / "batch, row 3.png")
-    assert len(open_app(tmp_path / "old", "modality", prompt="batch, row 3").get("image")) == 1
-    assert not open_app(tmp_path / "old", "modality", prompt="batch, row 2").get("image")
-    (tmp_path / "old" / "reallocation.json").unlink()
-    at = open_app(tmp_path / "old", "modality")
-    well(at)
-    assert "Reallocation was not measured in this run" in said(at)
-    assert not at.select_slider
-
-
-def test_a_testbed_without_media_or_clips_is_well(tmp_path: Path, open_app: Any) -> None:
-    for name in ("nano_mllm.json", "reallocation.json"):
-        shutil.copyfile(TESTBED / name, tmp_path / name)
-    at = open_app(tmp_path, "modality")
-    well(at)
-    assert not at.get("image")
-    assert not at.get("audio")
-    (tmp_path / "reallocation.json").unlink()
-    at = open_app(tmp_path, "modality")
-    well(at)
-    assert not at.select_slider

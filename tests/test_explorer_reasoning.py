@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import explorer_app
 import pytest
+from explorer_app import open_app as open_app
+from explorer_app import well
 from synthetic_run import write_run
 from synthetic_studies import write_anchors, write_sae
 from test_trace_parts import as_an_older_run, receivers
-
-pytest.importorskip("streamlit.testing.v1", reason="streamlit is not installed: emocircuits[dashboard]")
-
-from streamlit.testing.v1 import AppTest
 
 from dashboards import reasoning
 from emocircuits import cli
@@ -29,17 +27,9 @@ Open = Callable[..., Any]
 
 
 @pytest.fixture
-def open_page(monkeypatch: pytest.MonkeyPatch) -> Open:
-    """Opens a page of the explorer on a folder, with what the URL says."""
-
-    def make(folder: Path, view: str = "reasoning", **query: str) -> Any:
-        monkeypatch.setattr(sys, "argv", ["app.py", str(folder)])
-        at = AppTest.from_file(str(ROOT / "dashboards" / "app.py"), default_timeout=120)
-        for name, value in query.items():
-            at.query_params[name] = value
-        return at.run().switch_page(f"views/{view}.py").run()
-
-    return make
+def open_page(open_app: Open) -> Open:
+    """Opens a page, by default Reasoning."""
+    return lambda folder, view="reasoning", **query: open_app(folder, view, **query)
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +37,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_anchors(tmp_path_factory.mktemp("reasoning") / "runs" / "anchors")
 
 
-def well(at: Any) -> None:
-    assert not at.exception, at.exception
-    assert [e.value for e in (*at.error, *at.warning)] == []
-
-
 def said(at: Any) -> str:
-    """All words of the page outside tables and figures."""
-    found = (e.value for kind in ("markdown", "caption", "code", "error", "subheader") for e in getattr(at, kind))
-    return "\n".join(map(str, found)).replace("\\", "")
+    return explorer_app.said(at).replace("\\", "")
 
 
 def charts(at: Any) -> dict[str, dict[str, Any]]:
