@@ -5,6 +5,7 @@ EMOCIRCUITS_SCREENSHOTS=folder keeps a picture of every page, in both widths and
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import chromium
 import pytest
@@ -21,6 +23,13 @@ from synthetic_run import write_balance, write_run, write_usable_run
 from synthetic_studies import write_anchors, write_sae
 
 from emocircuits import explore
+from emocircuits.artefact import write_json_atomic
+from emocircuits.data.emotions import EKMAN6
+from emocircuits.data.scenarios import ScenarioSet, discovery
+from emocircuits.directions import fit
+from emocircuits.examples import reply_examples
+from emocircuits.models.fingerprint import fingerprint
+from emocircuits.reading import read
 
 pytest.importorskip("streamlit", reason="streamlit is not installed: emocircuits[dashboard]")
 
@@ -189,3 +198,39 @@ def test_writing_in_the_playground(tab: chromium.Tab, server: str) -> None:
     tab.wait("document.body.innerText.includes('Perplexity, steered')")
     tab.wait(chromium.READY)
     assert not tab.js("""document.querySelectorAll('[data-testid="stException"]').length""")
+
+
+# ------------------------------------------------------------------------------------------------ the demo model
+
+
+@pytest.fixture(scope="module")
+def demo_run(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose directions and steerer are the demo model's own, from a few scenarios; it is loaded as "demo"."""
+    emotions = EKMAN6
+    path = write_run(tmp_path_factory.mktemp("demo") / "runs" / "demo", emotions=emotions, layers=18, scenarios=2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    write_json_atomic(path / "manifest.json", manifest | {"settings": manifest["settings"] | {"model": "demo"}})
+    some = ScenarioSet(tuple(discovery())[:6])
+    made = fit(read(*demo, reply_examples(some, emotions)), emotions, fingerprint=fingerprint(demo.model))
+    made.save(path / "directions_response_mean.safetensors")
+    made.steerer("fear", 0.012, list(range(4, 14))).save(path / "steerers" / "fear.safetensors")
+    return path
+
+
+@pytest.mark.real_model
+def test_the_demo_model_writes_and_reads_in_the_browser(tab: chromium.Tab, demo_run: Path) -> None:
+    with explorer(demo_run) as address:
+        tab.errors.clear()
+        tab.look()
+        tab.open(f"{address}/steer?tokens=8&temperature=0.0")
+        press = "[...document.querySelectorAll('button')].find(b => b.innerText.includes('%s')).click()"
+        tab.js(press % "Write")
+        tab.wait("document.body.innerText.includes('Perplexity, steered')", patience=180)
+        tab.wait(chromium.READY)
+        tab.open(f"{address}/directions?view=Read+a+text&text=I+am+so+afraid.&emotion=fear")
+        tab.js(press % "Read it")
+        tab.wait("document.body.innerText.includes('fear at layer')", patience=180)
+        tab.wait(chromium.READY)
+        assert not tab.js("""document.querySelectorAll('[data-testid="stException"]').length""")
+        assert not tab.js("""document.querySelectorAll('[data-testid="stAlert"]').length""")
+        assert [e for e in tab.errors if not BASE_PATH.search(e)] == []
