@@ -70,7 +70,10 @@ def heat(
 ) -> go.Figure:
     fig = figure(x, "", height)
     text_columns = any(len(str(column)) > 5 for column in columns)
-    bar = {"orientation": "h", "thickness": 9, "len": 0.6, "y": 1.03, "yanchor": "bottom", "outlinewidth": 0}
+    bar = {
+        "orientation": "h", "thickness": 9, "len": 0.6, "y": 1.03, "yanchor": "bottom", "outlinewidth": 0,
+        "nticks": 4, "tickangle": 0,
+    }  # fmt: skip
     fig.add_heatmap(
         z=[numbers(row) for row in values],
         x=columns,

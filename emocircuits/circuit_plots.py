@@ -32,15 +32,16 @@ def head_map(values: Matrix, title: str = "effect") -> go.Figure:
     top = max(known, default=1.0) or 1.0
     rows = [f"{i}" for i in range(len(values))]
     columns, tall = list(range(len(values[0]) if values else 0)), min(20, max(10, 320 // max(1, len(rows))))
-    fig = heat(values, columns, rows, DIVERGING, (-top, top), "head", height=120 + len(rows) * tall, show_values=False,
+    fig = heat(values, columns, rows, DIVERGING, (-top, top), "", height=120 + len(rows) * tall, show_values=False,
                title=title)  # fmt: skip
     blank = [[1 if number(v) is None else None for v in row] for row in values]
     if any(v for row in blank for v in row):
         fig.add_heatmap(
             z=blank, x=columns, y=rows, colorscale=[[0, BLANK], [1, BLANK]], showscale=False, xgap=1, ygap=1,
-            hoverongaps=False, hovertemplate="head %{x} of layer %{y}: not measured<extra></extra>",
+            hoverongaps=False, hovertemplate="%{x} of layer %{y}: not measured<extra></extra>",
         )  # fmt: skip
-    return fig.update_yaxes(title_text="layer").update_layout(showlegend=False)
+    fig.update_xaxes(tickprefix="h").update_yaxes(title_text="layer")
+    return fig.update_layout(showlegend=False)
 
 
 def neuron_ranks(scores: Sequence[Sequence[float]], ranks: Sequence[int], emotions: Sequence[str]) -> go.Figure:

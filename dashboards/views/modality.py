@@ -29,12 +29,14 @@ def show(data: RunData) -> None:
     kind, found = modality.read(folder)
     moved = modality.reallocation(folder)
     if kind == "balance":
-        _balance(found)
+        for sentence in modality.verdicts(found):
+            st.markdown(md(sentence))
         if moved is None:
             missing("Reallocation was not measured in this run", "The same command adds it; batches are not measured "
                     "again.", into(COMMAND, folder))  # fmt: skip
         else:
             _moved(folder, moved, "What moves the answer")
+        _balance(found)
         return
     if moved is not None:
         _moved(folder, moved, "A clip whose voice and face disagree")
@@ -42,8 +44,7 @@ def show(data: RunData) -> None:
 
 
 def _balance(found: Mapping[str, Any]) -> None:
-    for sentence in modality.verdicts(found):
-        st.markdown(md(sentence))
+    st.subheader("What the answer needs", anchor=False)
     draw(
         plots.effect_bars(found["effects"]), "Effect of each modality on the answer",
         "Its tokens replaced by their mean, by another clip's, hidden from all later tokens, or to first order.",

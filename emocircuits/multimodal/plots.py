@@ -7,22 +7,22 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from emocircuits._figures import QUIET, Matrix, figure, heat, number, numbers, text, whiskers
+from emocircuits._figures import QUIET, Matrix, alpha, figure, heat, number, numbers, text, whiskers
 
 Row = Mapping[str, Any]
 COLORS = {"audio": "#E69F00", "image": "#0072B2", "video": "#56B4E9", "text": "#8A8F98"}
 INK = "#6B4FD8"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B4FD8")
-SCALE = ((0.0, "#FBFBFA"), (1.0, INK))
+SCALE = ((0.0, alpha(INK, 0.05)), (1.0, INK))
 
 
 def mass_map(mass: Matrix, name: str) -> go.Figure:
     """Attention on one modality by layer (down) and head (across), from [L][heads] of shares."""
     known = [v for row in mass for v in numbers(row) if v is not None]
     columns = list(range(len(mass[0]) if mass else 0))
-    fig = heat(mass, columns, [str(i) for i in range(len(mass))], SCALE, (0.0, max(known, default=1.0)), "head",
+    fig = heat(mass, columns, [str(i) for i in range(len(mass))], SCALE, (0.0, max(known, default=1.0)), "",
                height=150 + 26 * len(mass), show_values=False, form=".0%", title=f"attention on {name}")  # fmt: skip
-    return fig.update_yaxes(title_text="layer").update_xaxes(dtick=max(1, len(columns) // 8))
+    return fig.update_yaxes(title_text="layer").update_xaxes(tickprefix="h", dtick=max(1, len(columns) // 8))
 
 
 def effect_bars(effects: Mapping[str, Mapping[str, Row]]) -> go.Figure:

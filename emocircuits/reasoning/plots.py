@@ -133,14 +133,14 @@ def receiver_map(kurtosis: Matrix, heads: Sequence[Sequence[int]] = ()) -> go.Fi
     known = [v for row in kurtosis for v in numbers(row) if v is not None]
     top = max((abs(v) for v in known), default=1.0)
     columns = list(range(len(kurtosis[0]) if kurtosis else 0))
-    fig = heat(kurtosis, columns, [str(i) for i in range(len(kurtosis))], DIVERGING, (-top, top), "head",
+    fig = heat(kurtosis, columns, [str(i) for i in range(len(kurtosis))], DIVERGING, (-top, top), "",
                height=150 + 22 * len(kurtosis), show_values=False, form=".2f", title="excess kurtosis")  # fmt: skip
     if heads:
         fig.add_scatter(
             x=[h for _, h in heads], y=[str(layer) for layer, _ in heads], mode="markers", hoverinfo="skip",
             marker={"symbol": "circle-open", "size": 16, "color": INK, "line": {"width": 2}}, showlegend=False,
         )  # fmt: skip
-    return fig.update_yaxes(title_text="layer")
+    return fig.update_xaxes(tickprefix="h").update_yaxes(title_text="layer")
 
 
 def marks_along(rows: Sequence[Row], most: int = 300, name: str = "importance, nats") -> go.Figure:
