@@ -12,12 +12,14 @@ INSTALL = $(RUN)/python -m pip install --quiet --disable-pip-version-check -c co
 demo: $(VENV)/demo.done
 	$(RUN)/emocircuits demo --out runs/demo
 
-# Notebooks take about as long as all other tests, so they run beside them, each on half of the cores.
+# Notebooks and pages in a browser take about as long as all other tests, so they run beside them, each on half of the
+# cores.
+SLOW := tests/test_notebooks.py tests/test_explorer_browser.py
 test: $(VENV)/dev.done
 	export OMP_NUM_THREADS=$$($(RUN)/python -c "import os; print(max(1, (os.cpu_count() or 2) // 2))"); \
-	$(RUN)/python -m pytest tests/test_notebooks.py & notebooks=$$!; \
-	$(RUN)/python -m pytest --ignore=tests/test_notebooks.py; others=$$?; \
-	wait $$notebooks && exit $$others
+	$(RUN)/python -m pytest $(SLOW) & slow=$$!; \
+	$(RUN)/python -m pytest $(addprefix --ignore=,$(SLOW)); others=$$?; \
+	wait $$slow && exit $$others
 
 lint: $(VENV)/dev.done
 	$(RUN)/ruff check .
