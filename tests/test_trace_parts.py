@@ -90,7 +90,7 @@ def test_figures_of_a_window_count_steps_as_the_trace_does() -> None:
     places: list[tuple[Any, list[int]]] = [
         (plots.importance_along(steps, rows, first=7), [7, 8, 9]),
         (plots.answers_along({"x": [0, 1]}, first=7), [7, 8]),
-        (plots.step_lines(steps, {"x": [0, 1, 2]}, "", 7), [7, 8, 9]),
+        (plots.step_lines(steps, {"x": [0, 1, 2]}, "", first=7), [7, 8, 9]),
         (plots.effect_matrix(square(3), steps, first=7), [7, 8, 9]),
     ]  # fmt: skip
     for fig, numbers in places:
