@@ -19,6 +19,7 @@ from emocircuits.report import RunData
 T = TypeVar("T")
 DIRECTIONS = "directions_response_mean.safetensors"
 REMEMBERED = 24
+EXAMPLE = "They lied to me again, right to my face. Then my sister called: the test was clear, she is well!"
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,6 @@ from emocircuits import live_plots, plots
 from emocircuits.report import RunData
 
 N_TEXTS = 48  # of the run, in which a unit's top contexts are looked for
-EXAMPLE = "They lied to me again, right to my face. Then my sister called: the test was clear, she is well!"
 NAMES = "h11.2 is head 2 of layer 11, n3.17 neuron 17 of layer 3, counted from 0"
 
 
@@ -133,7 +132,7 @@ def _attention(s: Shown, unit: UnitName) -> None:
     from emocircuits import live
 
     with st.form("attention", border=False):
-        text = st.text_area("A text", EXAMPLE, key="sentence", bind="query-params", max_chars=2000, height=68)
+        text = st.text_area("A text", livemodel.EXAMPLE, key="sentence", bind="query-params", max_chars=2000, height=68)
         wanted = st.form_submit_button("What does it attend to?", icon=":material/grid_on:")
 
     def look(loaded: Any) -> live.Pattern:

@@ -15,7 +15,6 @@ from emocircuits.errors import MissingPackageError
 from emocircuits.report import RunData
 
 VIEWS = ("Read a text", "Quality", "Geometry", "Words")
-EXAMPLE = "They lied to me again, right to my face. Then my sister called: the test was clear, she is well!"
 
 
 def show(data: RunData) -> None:
@@ -32,7 +31,7 @@ def _read(data: RunData) -> None:
     if made is None:
         return
     with st.form("reading", border=False):
-        text = st.text_area("Text", EXAMPLE, key="text", bind="query-params", max_chars=4000, height=100)
+        text = st.text_area("Text", livemodel.EXAMPLE, key="text", bind="query-params", max_chars=4000, height=100)
         prompt = st.text_input("Stands before it (read, but not shown)", key="before", bind="query-params")
         asked = st.form_submit_button("Read it", type="primary", icon=":material/play_arrow:")
     from emocircuits.live import along
