@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from dashboards import features, folders, modality, reasoning, units
 from dashboards.findings import figures
-from dashboards.words import plain, rate
+from dashboards.words import num, plain, rate
 from emocircuits import _report_sections as sections
 from emocircuits._report_html import facts
 from emocircuits.report import RunData
@@ -15,10 +17,28 @@ Row = dict[str, str]
 
 
 def key_rows(a: RunData, b: RunData, names: tuple[str, str]) -> list[Row]:
-    """The key figures of both runs."""
-    found = [{name: f"{value} {interval}".strip() for name, value, interval in figures(run)} for run in (a, b)]
+    """The key figures of two folders of one kind; raises InputError for a damaged file."""
+    found = [key_figures(run) for run in (a, b)]
     measures = dict.fromkeys([*found[0], *found[1]])
     return [{"measure": m, **{n: f.get(m, "not measured") for n, f in zip(names, found)}} for m in measures]
+
+
+def key_figures(data: RunData) -> dict[str, str]:
+    """{measure: its value with its interval} of what a folder is about."""
+    studies: dict[str, Callable[[Path], dict[str, str]]] = {
+        "features": features.figures, "reasoning": reasoning.figures, "modality": modality.figures,
+    }  # fmt: skip
+    of = studies.get(folders.kind(data.path))
+    if of is not None:
+        return of(data.path)
+    found = {name: f"{value} {interval}".strip() for name, value, interval in figures(data)}
+    circuits = data.circuits or {}
+    parts = (("evaluation", "methods"), ("circuits", "stability"))
+    methods, stable = ((circuits.get(stage) or {}).get(part) or {} for stage, part in parts)
+    found |= {f"Coherent, {m}": rate(methods[m].get("coherent")) for m in ("circuit", "random units") if m in methods}
+    found |= {f"Circuits of two halves of the themes, {k} shared beyond chance": num(stable[k])
+              for k in ("heads", "neurons") if stable.get(k) is not None}  # fmt: skip
+    return found
 
 
 def emotion_rows(a: RunData, b: RunData, names: tuple[str, str]) -> list[Row]:
@@ -58,3 +78,27 @@ def different_settings(a: RunData, b: RunData, names: tuple[str, str]) -> list[R
 def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
     found = {"emocircuits": manifest.get("package_version"), "python": manifest.get("python")}
     return {**(manifest.get("settings") or {}), **found, **(manifest.get("versions") or {})}
+
+
+def circuit_rows(pairs: Mapping[str, tuple[Any, Any]], size: units.Extent, names: tuple[str, str]) -> list[Row]:
+    """How much of each emotion's circuit two runs share; models of other configurations share no units.
+
+    pairs: {emotion: the Circuit that each run saved, or None}; size: of the model.
+    """
+    from emocircuits.circuits.assemble import KINDS, overlap
+
+    rows = []
+    for emotion, (a, b) in pairs.items():
+        if not a or not b or (a.fingerprint or {}).get("config_sha256") != (b.fingerprint or {}).get("config_sha256"):
+            continue
+        for kind, width in zip(KINDS, (size.heads, size.neurons)):
+            if size.layers is None or width is None:
+                continue
+            found = overlap(a, b, kind, size.layers * width)
+            both = len({*a.units(kind)} & {*b.units(kind)})
+            rows.append({
+                "emotion": emotion, "units": kind, **{n: str(len(c.units(kind))) for n, c in zip(names, (a, b))},
+                "both": str(both), "Jaccard": num(found["jaccard"]), "by chance": num(found["chance"], ".3f"),
+                "excess": num(found["excess"]),
+            })  # fmt: skip
+    return rows

@@ -1,4 +1,4 @@
-"""What a run of `emocircuits sae demo` holds, as rows of text and of figures. No Streamlit in here."""
+"""What `emocircuits sae demo` and `sae confidence` write, as rows of text and of figures. No Streamlit in here."""
 
 from __future__ import annotations
 
@@ -6,17 +6,47 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dashboards.folders import SAE
+from dashboards import folders
+from dashboards.folders import CONFIDENCE, SAE
 from dashboards.words import num, p_value, rate
 from emocircuits.artefact import read_json
 
 Row = dict[str, Any]
+ADDED = {"none": "nothing", "offset": "the vector", "mirrored": "the vector, mirrored", "top": "its top latents alone",
+         "random": "random, same norm", "dense": "low less high entropy, same norm"}  # fmt: skip
+MEASURES = {"accuracy": "accuracy", "right": "probability of the right answer"}
+COMMAND = "emocircuits sae demo"
 Found = Mapping[str, Any]
 
 
-def read(folder: Path) -> Found:
-    """The tables of the study; raises InputError for a damaged file."""
-    return read_json(folder / SAE)
+def read(folder: Path) -> Found | None:
+    """The tables of the study, None where it has none yet; raises InputError for a damaged file."""
+    return read_json(folder / SAE) if (folder / SAE).is_file() else None
+
+
+def confidence(folder: Path) -> Found | None:
+    """The same of the study of a confidence vector."""
+    return read_json(folder / CONFIDENCE) if (folder / CONFIDENCE).is_file() else None
+
+
+def command(folder: Path) -> str:
+    """The command that goes on with an unfinished study, without the options that it was given."""
+    return "emocircuits sae confidence" if folders.studied(folder) == "confidence" else COMMAND
+
+
+def figures(folder: Path) -> dict[str, str]:
+    """{measure: value} of what a folder found, to stand beside another one."""
+    found, sure, said = read(folder), confidence(folder), {}
+    if found is not None:
+        said = {k: v for k, v in quality_rows(found)[0].items() if k != "what"}
+        said["loss recovered"] = rate(found["quality"]["recovered"])
+        said |= {f"latents of {e}": str(n) for e, n in found["features"]["counts"].items()}
+        for emotion, steered in (found.get("steering") or {}).items():
+            beats = steered["confirmed"]["survives_every_control"]
+            said[f"steering {emotion} beats every control"] = "yes" if beats else "no"
+    for row in entropy_rows(sure) if sure is not None else ():
+        said[f"entropy with {row['added']} added, nats"] = row["entropy"]
+    return said
 
 
 def quality_rows(found: Found) -> list[Row]:
@@ -103,3 +133,25 @@ def separation(found: Found) -> str:
         f"shuffled {num(apart['null_mean'], '.4f')}, 95th percentile {num(apart['null_high'], '.4f')} "
         f"(p = {num(apart['p'], '.2g')})."
     )
+
+
+# ------------------------------------------------------------------------------------------------ confidence
+
+
+def entropy_rows(found: Found, part: str = "held_out") -> list[Row]:
+    """Entropy of the next token at step ends with something added to the residual stream there."""
+    return [
+        {"added": ADDED.get(name, name), "entropy": num(e["entropy"]),
+         "change": rate({**e, "estimate": e["change"]}, "+.2f"), "KL to unsteered": num(e["kl"]), "steps": e["n"]}
+        for name, e in found["vector"]["effects"][part].items()
+    ]  # fmt: skip
+
+
+def answer_rows(found: Found) -> list[Row]:
+    """What answers become when steps end steered; doses in residual norms."""
+    return [
+        {"method": c["method"], "dose": "fitted" if c["dose"] is None else num(c["dose"], "+g"),
+         "accuracy": rate(c["accuracy"]), "probability of the right answer": rate(c["right"]),
+         "entropy of the answer": rate(c["entropy"], ".2f")}
+        for c in found["answers"]["cells"]
+    ]  # fmt: skip

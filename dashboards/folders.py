@@ -13,7 +13,13 @@ from emocircuits.errors import InputError
 from emocircuits.report import RunData, read_run
 
 MANIFEST, BALANCE, TESTBED, ANCHORS, SAE = "manifest.json", "balance.json", "nano_mllm.json", "anchors.json", "sae.json"
-REALLOCATION = "reallocation.json"
+REALLOCATION, CONFIDENCE = "reallocation.json", "confidence.json"
+RESULTS = {TESTBED: "modality", BALANCE: "modality", ANCHORS: "reasoning", SAE: "features", CONFIDENCE: "features",
+           "circuits.json": "circuits"}  # fmt: skip
+"""What the files of a finished study say that a folder is about."""
+STUDIES = {"balance": "modality", "anchors": "reasoning", "sae": "features", "confidence": "features",
+           "circuits": "circuits"}  # fmt: skip
+"""The same of studies, which may have only begun."""
 STAGES = {
     "quality": "the quality of the directions", "evaluation": "the scores on held-out scenarios",
     "dose": "the dose response", "texts": "the texts", "circuits": "the circuits",
@@ -30,7 +36,7 @@ class Place:
 
 def is_run(folder: Path) -> bool:
     """Whether the explorer can open a folder."""
-    return any((folder / name).is_file() for name in (MANIFEST, TESTBED, BALANCE, ANCHORS, SAE))
+    return any((folder / name).is_file() for name in (MANIFEST, *RESULTS) if name != "circuits.json")
 
 
 def find(path: str | Path) -> Place:
@@ -54,12 +60,18 @@ def find(path: str | Path) -> Place:
 
 def kind(folder: Path) -> str:
     """What a folder holds: "run", "circuits" (that part of a run by itself), "modality", "reasoning" or "features"."""
-    if (folder / TESTBED).is_file() or (folder / BALANCE).is_file():
-        return "modality"
-    for name, found in ((ANCHORS, "reasoning"), (SAE, "features")):
-        if (folder / name).is_file():
-            return found
-    return "circuits" if (folder / "circuits.json").is_file() else "run"
+    found = next((kind for name, kind in RESULTS.items() if (folder / name).is_file()), None)
+    return found or STUDIES.get(studied(folder), "run")
+
+
+def studied(folder: Path) -> str:
+    """The study that a folder was begun for, by its settings, also where it has written no results yet."""
+    try:
+        settings = read_json(folder / MANIFEST)["settings"]
+        known = "balance" if "batches" in settings else "circuits" if "demo" in settings else "demo"
+        return str(settings.get("kind", known))
+    except (InputError, KeyError, TypeError, AttributeError):
+        return ""  # whoever opens it will be told
 
 
 def of_kind(place: Place, wanted: str) -> list[str]:

@@ -19,11 +19,24 @@ SCORES = {
 }  # fmt: skip
 
 
-def read(folder: Path) -> tuple[str, Mapping[str, Any]]:
-    """("balance" or "testbed", its content); raises InputError for a damaged file."""
-    if (folder / BALANCE).is_file():
-        return "balance", read_json(folder / BALANCE)
-    return "testbed", read_json(folder / TESTBED)
+def read(folder: Path) -> tuple[str, Mapping[str, Any] | None]:
+    """("balance" or "testbed", its content; None where not all was measured); raises InputError for a damaged file."""
+    if (folder / TESTBED).is_file() and not (folder / BALANCE).is_file():
+        return "testbed", read_json(folder / TESTBED)
+    return "balance", read_json(folder / BALANCE) if (folder / BALANCE).is_file() else None
+
+
+def figures(folder: Path) -> dict[str, str]:
+    """{measure: value} of what a folder found, to stand beside another one."""
+    kind, found = read(folder)
+    if found is None:
+        return {}
+    if kind == "testbed":
+        return {row["measure"]: row["value"] for row in score_rows(found)}
+    said = {"prompts": str(found["n_rows"]), "answered from the text alone": rate(found["text_reliance"])}
+    for mode, by in found["effects"].items():
+        said |= {f"log-odds that {name} gives, {mode}": rate(value, ".2f") for name, value in by.items()}
+    return said
 
 
 # ------------------------------------------------------------------------------------------------ balance

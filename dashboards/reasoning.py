@@ -24,14 +24,23 @@ LINES, COLUMNS = 16, 40
 """Of the text that is shown at once, so that what is said of a step stands beside it on the screen."""
 
 
-def read(folder: Path) -> Found:
-    """What the traces say together; raises InputError for a damaged file."""
-    return read_json(folder / ANCHORS)
+def read(folder: Path) -> Found | None:
+    """What the traces say together, None where not all were measured; raises InputError for a damaged file."""
+    return read_json(folder / ANCHORS) if (folder / ANCHORS).is_file() else None
 
 
 def measure_rows(found: Found) -> list[Row]:
     """What was measured, in words."""
     return [{"measure": name_of(name), "what": what} for name, what in found["measures"].items()]
+
+
+def figures(folder: Path) -> dict[str, str]:
+    """{measure: value} of what all traces say, to stand beside another run."""
+    found = read(folder)
+    if found is None:
+        return {"traces measured so far": str(len(traces(folder)))}
+    said = {"traces": str(found["n_traces"]), "steps": str(found["n_steps"])}
+    return said | {f"correlation, {pair(r)}": rate(r, ".2f") for r in found["correlations"]}
 
 
 def traces(folder: Path) -> dict[str, Path]:

@@ -43,12 +43,14 @@ def decoder_map(places: Sequence[Sequence[float]], kinds: Sequence[str | None], 
     return fig.update_xaxes(showticklabels=False).update_yaxes(showticklabels=False)
 
 
-def dose_response(arms: Mapping[str, Sequence[Row]], measure: str = "expression") -> go.Figure:
-    """A rate of steered texts over the dose, one line per arm with 95 % intervals; the first arm is drawn thick.
+def dose_response(
+    arms: Mapping[str, Sequence[Row]], measure: str = "expression", unit: str = "maximum activations"
+) -> go.Figure:
+    """A rate over the dose, one line per arm with 95 % intervals; the first arm is drawn thick.
 
-    arms: {name: cells of a cost card, with dose and the measure's interval}; the dose is in maxima of the latent.
+    arms: {name: cells of a cost card, with dose and the measure's interval}; the dose is in `unit`.
     """
-    fig = figure("dose, in maximum activations", measure, 360)
+    fig = figure(f"dose, in {unit}", measure, 360)
     for i, (name, cells) in enumerate(arms.items()):
         mine = sorted(cells, key=lambda c: c["dose"])
         middle = numbers(c[measure].get("estimate") for c in mine)
@@ -66,3 +68,10 @@ def arms_of(steered: Row) -> dict[str, list[Row]]:
     names |= {f"matched {i}": f"latent {i}, as sparse and as strong" for i in steered["matched"]}
     none = [c for c in steered["cells"] if c["method"] == "none"]
     return {said: [*none, *(c for c in steered["cells"] if c["method"] == name)] for name, said in names.items()}
+
+
+def doses_of(answers: Row) -> dict[str, list[Row]]:
+    """The arms of the `answers` of confidence.json that have a dose; dose 0 is none."""
+    none = [c for c in answers["cells"] if c["method"] == "none"]
+    names = dict.fromkeys(c["method"] for c in answers["cells"] if c["method"] != "none" and c["dose"] is not None)
+    return {name: [*none, *(c for c in answers["cells"] if c["method"] == name)] for name in names}

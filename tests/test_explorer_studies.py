@@ -1,4 +1,4 @@
-"""The pages about latents and modalities, without a browser."""
+"""The pages about latents and modalities, studies that have only begun, and two of a kind beside each other."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from explorer_app import home as home
 from explorer_app import open_app as open_app
 from explorer_app import said, well
 
-TESTBED = Path(__file__).parents[1] / "experiments" / "results" / "nano_mllm"
+from dashboards import comparing, features, units
+from emocircuits.artefact import write_json_atomic
+from emocircuits.circuits.assemble import Circuit
+
+RESULTS = Path(__file__).parents[1] / "experiments" / "results"
+TESTBED = RESULTS / "nano_mllm"
 
 
 def test_latents_are_found_by_words_and_shown_with_their_steps(home: Path, open_app: Any) -> None:
@@ -79,3 +85,110 @@ def test_a_testbed_without_media_or_clips_is_well(tmp_path: Path, open_app: Any)
     at = open_app(tmp_path, "modality")
     well(at)
     assert not at.select_slider
+
+
+def test_a_confidence_vector_is_shown_with_what_it_does_to_answers(tmp_path: Path, open_app: Any) -> None:
+    shutil.copyfile(RESULTS / "saes" / "confidence.json", tmp_path / "confidence.json")
+    at = open_app(tmp_path, "features")
+    well(at)
+    entropy, answers = (t.value for t in at.dataframe)
+    assert list(entropy["added"])[:2] == ["nothing", "the vector"]
+    assert list(entropy["entropy"])[:2] == ["2.93", "0.29"]
+    assert answers.iloc[0]["accuracy"] == "39% [29, 50]"
+    assert not any("Latents" in b.options for b in at.segmented_control)
+
+
+# ------------------------------------------------------------------------------------------------ begun, not finished
+
+
+@pytest.mark.parametrize(
+    ("settings", "view", "command"),
+    [
+        ({"kind": "sae"}, "features", "emocircuits sae demo --out"),
+        ({"kind": "confidence"}, "features", "emocircuits sae confidence --out"),
+        ({"kind": "anchors"}, "reasoning", "emocircuits anchors --model demo"),
+        ({"batches": ["b.safetensors"], "answers": {}}, "modality", "emocircuits balance --model MODEL"),
+    ],
+)  # fmt: skip
+def test_a_study_that_has_only_begun_says_how_it_goes_on(
+    settings: dict[str, Any], view: str, command: str, tmp_path: Path, open_app: Any
+) -> None:
+    folder = tmp_path / "begun"
+    write_json_atomic(folder / "manifest.json", {"kind": "run", "settings": settings, "stages": {}})
+    at = open_app(folder, view)
+    well(at)
+    assert command in said(at)
+    assert str(folder) in said(at)
+    at = open_app(folder)
+    well(at)
+    assert "This folder is about" in said(at)
+
+
+def test_measured_traces_are_shown_while_others_are_still_being_measured(
+    home: Path, tmp_path: Path, open_app: Any
+) -> None:
+    shutil.copytree(home / "anchors", tmp_path / "anchors")
+    (tmp_path / "anchors" / "anchors.json").unlink()
+    at = open_app(tmp_path / "anchors", "reasoning")
+    well(at)
+    assert "Step 0" in said(at)
+    at.segmented_control[0].set_value("All traces").run()
+    well(at)
+    assert "Not all traces are measured yet" in said(at)
+
+
+# ------------------------------------------------------------------------------------------------ beside each other
+
+
+@pytest.mark.parametrize(
+    ("kind", "measure"),
+    [
+        ("sae", "steering fear beats every control"),
+        ("anchors", "correlation, asked at once ~ resampling"),
+        ("balance", "answered from the text alone"),
+    ],
+)
+def test_two_studies_of_a_kind_are_compared(kind: str, measure: str, home: Path, tmp_path: Path, open_app: Any) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(home / kind, tmp_path / name)
+    at = open_app(tmp_path / "a", "compare")
+    well(at)
+    keys = {r["measure"]: (r["a"], r["b"]) for r in at.dataframe[0].value.to_dict("records")}
+    assert measure in keys, list(keys)
+    assert all(a == b != "not measured" for a, b in keys.values())
+    at = open_app(home / kind, "compare")  # alone of its kind
+    well(at)
+    assert "There is no other run of this kind here" in said(at)
+
+
+def test_a_test_bed_and_a_confidence_vector_have_key_figures() -> None:
+    assert comparing.modality.figures(TESTBED)["conflict: preference gap"].startswith("0.")
+    assert features.figures(RESULTS / "saes")["entropy with the vector added, nats"] == "0.29"
+
+
+def test_circuits_share_units_beyond_chance_only_in_models_of_one_configuration() -> None:
+    def made(heads: list[tuple[int, int]], neurons: list[tuple[int, int]], config: str = "same") -> Circuit:
+        scores = (1.0,) * len(heads), (1.0,) * len(neurons)
+        return Circuit("fear", tuple(heads), tuple(neurons), *scores, fingerprint={"config_sha256": config})
+
+    size, names = units.Extent(layers=4, heads=5, neurons=25), ("a", "b")
+    a = made([(0, 0), (0, 1), (1, 2), (3, 4)], [(0, 3), (2, 7)])
+    b = made([(0, 0), (0, 1), (2, 2), (3, 3)], [(0, 3), (2, 7)])
+    heads, neurons = comparing.circuit_rows({"fear": (a, b), "joy": (a, None)}, size, names)
+    assert (heads["a"], heads["both"], heads["Jaccard"]) == ("4", "2", "0.33")
+    chance = (16 / 20) / (8 - 16 / 20)
+    assert heads["by chance"] == f"{chance:.3f}"
+    assert heads["excess"] == f"{(1 / 3 - chance) / (1 - chance):.2f}"
+    assert neurons["excess"] == "1.00"
+    other = made([(0, 0)], [(0, 3)], "other")
+    assert comparing.circuit_rows({"fear": (a, other)}, size, names) == []
+
+
+def test_runs_of_one_model_are_compared_by_their_circuits(home: Path, tmp_path: Path, open_app: Any) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(home / "whole", tmp_path / name)
+    at = open_app(tmp_path / "a", "compare")
+    well(at)
+    shared = [t.value for t in at.dataframe if "units" in t.value]
+    assert shared, "no circuits beside each other"
+    assert set(shared[0]["excess"]) == {"1.00"}

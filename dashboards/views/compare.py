@@ -1,23 +1,30 @@
-"""Two runs side by side: what they found, whether they found the same directions, and how they were made."""
+"""Two runs of one kind side by side: what they found, whether they found the same, and how they were made."""
 
 from __future__ import annotations
 
 import streamlit as st
 
-from dashboards import comparing, folders, livemodel
+from dashboards import comparing, folders, livemodel, units
 from dashboards.shell import choose, draw, into, missing, opened, page, place, table
 from emocircuits import plots
 from emocircuits.report import RunData
+
+COMMANDS = {
+    "anchors": "emocircuits anchors --model MODEL", "sae": "emocircuits sae demo --model MODEL",
+    "confidence": "emocircuits sae confidence --model MODEL",
+    "balance": "emocircuits balance --model MODEL --inputs batch.safetensors --answers anger,sadness,fear",
+}  # fmt: skip
 
 
 def show(data: RunData) -> None:
     """The chosen run beside another one of the same folder."""
     here = place()
     kind = folders.kind(data.path)
+    command = COMMANDS.get(folders.studied(data.path), "emocircuits demo --model MODEL")
     others = [n for n in here.names if n != data.path.name and folders.kind(here.root / n) == kind]
     if not others:
         missing("There is no other run of this kind here", "Runs beside each other are compared, say of two models.",
-                into("emocircuits demo --model MODEL", "other"))  # fmt: skip
+                into(command, "other"))  # fmt: skip
         return
     other = opened(here.root / choose("Beside", others, "beside"))
     names = (data.path.name, other.path.name)
@@ -30,6 +37,7 @@ def show(data: RunData) -> None:
         draw(plots.quality_by_layer(*tests, 1 / len(data.emotions)), "Accuracy of the directions on held-out themes",
              "Layers are counted from 0; models of other depths reach other numbers.")  # fmt: skip
     _directions(data, other)
+    _circuits(data, other, names)
     table(comparing.different_settings(data, other, names), "Settings that differ")
 
 
@@ -48,6 +56,15 @@ def _directions(data: RunData, other: RunData) -> None:
         return
     draw(plots.split_half_map(values.tolist(), a.emotions, a.layers), "Cosine of the two runs' directions",
          "Near 1: both found the same.")  # fmt: skip
+
+
+def _circuits(data: RunData, other: RunData, names: tuple[str, str]) -> None:
+    """Did both runs choose the same heads and neurons?"""
+    shared = [e for e in data.emotions if e in other.emotions]
+    pairs = {e: (livemodel.circuit(data, e), livemodel.circuit(other, e)) for e in shared}
+    size = units.extent((data.circuits or {}).get("circuits") or {}, livemodel.units(data))
+    if rows := comparing.circuit_rows(pairs, size, names):
+        table(rows, "Heads and neurons that both circuits have", "Excess over chance: 0 is chance, 1 identity.")
 
 
 if __name__ == "__main__":

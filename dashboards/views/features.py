@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import streamlit as st
@@ -11,25 +12,28 @@ from dashboards.shell import choose, draw, into, missing, page, source, table
 from dashboards.words import md, num, rate
 from emocircuits.report import RunData
 
-COMMAND = "emocircuits sae demo"
-VIEWS = ("Latents", "Map", "Steering", "Quality")
-
 
 def show(data: RunData) -> None:
     """A run of SAEs: this one, else one beside it."""
     folder = source(
         data, "features", "SAE run", "sae", "No sparse autoencoder in this folder",
         "It learns a dictionary of reasoning steps and emotional texts, and says which entries steer.",
-        into(COMMAND, "sae"),
+        into(features.COMMAND, "sae"),
     )  # fmt: skip
     if folder is None:
         return
-    found = features.read(folder)
-    view = choose("View", VIEWS, "view", buttons=True)
-    if view == "Map":
-        _map(found, folder)
+    found, sure = features.read(folder), features.confidence(folder)
+    views: dict[str, Callable[[], None]] = {}
+    if found is not None:
+        views = {"Latents": lambda: _latents(found), "Map": lambda: _map(found, folder),
+                 "Steering": lambda: _steering(found), "Quality": lambda: _quality(found)}  # fmt: skip
+    if sure is not None:
+        views["Confidence"] = lambda: _confidence(sure)
+    if views:
+        views[choose("View", list(views), "view", buttons=True)]()
     else:
-        {"Latents": _latents, "Steering": _steering, "Quality": _quality}[view](found)
+        missing("This run has not finished", "The same command goes on where it stopped.",
+                into(features.command(folder), folder))  # fmt: skip
 
 
 def _latents(found: features.Found) -> None:
@@ -64,7 +68,7 @@ def _map(found: features.Found, folder: Path) -> None:
     geometry = found.get("geometry")
     if not geometry:
         missing("This run has no map of its decoder", "The same command adds it; what is there is kept.",
-                into(COMMAND, folder))  # fmt: skip
+                into(features.COMMAND, folder))  # fmt: skip
         return
     st.markdown(md(features.separation(geometry)))
     draw(plots.decoder_map(geometry["places"], geometry["kinds"]), "Decoder rows, UMAP by cosine",
@@ -101,6 +105,20 @@ def _quality(found: features.Found) -> None:
         said = ", ".join(f"{k.replace('_', ' ')} {num(v)}" for k, v in stable.items() if isinstance(v, (int, float)))
         st.markdown(md(f"Agreement of dictionaries from several seeds: {said}."))
     draw(plots.densities(quality["held_out_themes"]["density_histogram"]), "How often latents fire")
+
+
+def _confidence(found: features.Found) -> None:
+    from saes import plots
+
+    st.markdown("A vector that was learned to make the next token sure at the ends of reasoning steps. "
+                "Sure is not right: the answers say which.")  # fmt: skip
+    table(features.entropy_rows(found), "Entropy of the next token, nats",
+          "At step ends of traces that nothing was learned from.")  # fmt: skip
+    measure = choose("Measure", list(features.MEASURES), "answers", format_func=features.MEASURES.__getitem__)
+    draw(plots.dose_response(plots.doses_of(found["answers"]), measure, "residual norms"),
+         f"{features.MEASURES[measure]} by dose",
+         f"{found['answers']['n']} problems that nothing was learned from, 95% intervals over themes.")  # fmt: skip
+    table(features.answer_rows(found), "Answers", "A mixture chooses its own dose for each problem.")
 
 
 if __name__ == "__main__":

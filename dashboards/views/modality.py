@@ -28,6 +28,10 @@ def show(data: RunData) -> None:
         return
     kind, found = modality.read(folder)
     moved = modality.reallocation(folder)
+    if found is None:
+        missing("Not all batches are measured yet", "The same command goes on where it stopped; what is there is kept.",
+                into(COMMAND, folder))  # fmt: skip
+        return
     if kind == "balance":
         for sentence in modality.verdicts(found):
             st.markdown(md(sentence))
@@ -83,8 +87,10 @@ def _moved(folder: Path, found: Mapping[str, Any], title: str) -> None:
         draw(plots.answer_bars(answers, found["answers"]), "Answers, without and with reallocation",
              "Measured for every strength; factors and transfers are the family of MoSEAR.")  # fmt: skip
     if changed := found.get("changed"):
-        draw(plots.changed_bars({way: changed[way]}, found["strengths"]), f"How often {way} changes the answer",
-             f"Of {len(names)} prompts, with 95% intervals.")  # fmt: skip
+        random = {way: found["random"][way]} if found.get("random") else None
+        draw(plots.changed_bars({way: changed[way]}, found["strengths"], random), f"How often {way} changes the answer",
+             f"Of {len(names)} prompts, with 95% intervals."
+             + (" Random spans: the same with modalities dealt out among their tokens." if random else ""))  # fmt: skip
 
 
 def _testbed(found: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import streamlit as st
 
 from dashboards import reasoning
-from dashboards.shell import STRIP, choose, draw, into, level, page, source, table
+from dashboards.shell import STRIP, choose, draw, into, level, missing, page, source, table
 from dashboards.words import md, num
 from emocircuits.reasoning import parts, plots
 from emocircuits.reasoning.findings import sharpness
@@ -28,10 +28,10 @@ def show(data: RunData) -> None:
     if folder is None:
         return
     files = reasoning.traces(folder)
-    if not files:
+    if not files and reasoning.read(folder) is not None:
         st.caption("Single traces are not in this folder; it holds what all of them say together.")
         _all(folder)
-    elif choose("View", ("One trace", "All traces"), "view", buttons=True) == "One trace":
+    elif files and choose("View", ("One trace", "All traces"), "view", buttons=True) == "One trace":
         _one(folder, files)
     else:
         _all(folder)
@@ -136,6 +136,10 @@ def _inside(trace: reasoning.Found, start: int, stop: int) -> None:
 
 def _all(folder: Path) -> None:
     found = reasoning.read(folder)
+    if found is None:
+        missing("Not all traces are measured yet", "The same command goes on where it stopped; what is there is kept.",
+                into(COMMAND, folder))  # fmt: skip
+        return
     for sentence in reasoning.verdicts(found):
         st.markdown(md(sentence))
     draw(plots.agreement_bars(reasoning.agreement(found)), "Agreement with what moves the answer",
