@@ -95,7 +95,8 @@ def write_balance(path: Path) -> Path:
     way, sure, unsure = "share of <b>audio</b>'s attention to image", [0.9, 0.1], [0.4, 0.6]
     rows = [{"name": f"batch, row {i}", "before": sure, "after": {way: [sure, unsure]}} for i in range(6)]
     moved = {"answers": ["anger", "fear"], "strengths": {way: [0.5, 1.0]}, "rows": rows,
-             "changed": {way: [interval(0.0), interval(0.9)]}}  # fmt: skip
+             "changed": {way: [interval(0.0), interval(0.9)]},
+             "random": {way: [interval(0.0), interval(0.1)]}}  # fmt: skip
     write_json_atomic(path / "reallocation.json", moved)
     return path
 

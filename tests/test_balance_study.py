@@ -88,6 +88,42 @@ def test_answers_under_reallocation_are_those_of_the_attached_model(loaded: Load
     assert found["changed"]["attention to audio, less: times"][-1]["estimate"] == pytest.approx(moved)
 
 
+def test_the_random_control_is_the_same_policy_on_spans_dealt_out(loaded: Loaded, tmp_path: Path) -> None:
+    vocabulary = loaded.tokenizer.get_vocab()
+    words = dict(zip(WORDS, sorted(vocabulary, key=vocabulary.__getitem__)[20:23]))
+    file = batches(loaded, tmp_path, 1)[0]
+    study.run_balance(loaded, [file], words, tmp_path / "run", seed=3)
+    found = json.loads((tmp_path / "run" / "reallocation.json").read_text())
+    inputs = study.read_batch(file)
+    spans = ModalitySpans.of_ids(inputs["input_ids"], placeholders(loaded.model))
+    dealt = spans.dealt(torch.Generator().manual_seed(3))
+    assert not torch.equal(dealt.labels, spans.labels)
+    assert all(torch.equal(dealt.count(name), spans.count(name)) for name in spans.names)
+    with torch.no_grad(), Reallocation(Multiply({"audio": 0.0})).attach(loaded.model, dealt):
+        logits = loaded.model(**inputs).logits[:, -1, [vocabulary[w] for w in words.values()]]
+    way = "attention to audio, less: times"
+    saved = json.loads((tmp_path / "run" / "dealt_0.json").read_text())[way][-1]
+    assert torch.tensor(saved) == pytest.approx(logits.softmax(-1), abs=1e-5)
+    before = np.array([r["before"] for r in found["rows"]]).argmax(1)
+    moved = logits.argmax(1).numpy() != before
+    assert found["random"][way][-1]["estimate"] == pytest.approx(moved.mean())
+    given = np.array([np.argmax(r["after"][way][-1]) for r in found["rows"]]) != before
+    assert found["beyond_random"][way][-1]["estimate"] == pytest.approx(given.mean() - moved.mean())
+
+
+def test_prompts_of_one_modality_have_no_random_control(tokenizer, tmp_path: Path) -> None:
+    loaded = Loaded(zoo.build("llava"), tokenizer, "tiny")
+    vocabulary = tokenizer.get_vocab()
+    words = dict(zip(WORDS, sorted(vocabulary, key=vocabulary.__getitem__)[20:23]))
+    file = tmp_path / "batch.safetensors"
+    inputs = zoo.multimodal_inputs("llava", loaded.model, batch=2, seed=0)
+    save_file({k: v.contiguous() for k, v in inputs.items()}, file)
+    study.run_balance(loaded, [file], words, tmp_path / "run")
+    found = json.loads((tmp_path / "run" / "reallocation.json").read_text())
+    assert (found["random"], found["beyond_random"]) == ({}, {})
+    assert found["changed"]
+
+
 def test_a_run_from_before_reallocation_gets_it(
     loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +132,7 @@ def test_a_run_from_before_reallocation_gets_it(
     files, run = batches(loaded, tmp_path, 1), tmp_path / "run"
     study.run_balance(loaded, files, words, run)
     before = (run / "reallocation.json").read_text()
-    for stage in ("swept_0", "reallocation"):
+    for stage in ("swept_0", "dealt_0", "reallocation"):
         (run / f"{stage}.json").unlink()
     monkeypatch.setattr(study, "measure", None)  # batches are not measured again
     study.run_balance(loaded, files, words, run)

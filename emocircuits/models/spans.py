@@ -118,6 +118,17 @@ class ModalitySpans:
         """Names other than "text" that have a token in some row."""
         return tuple(n for n in self.names[1:] if bool(self.mask(n).any()))
 
+    def dealt(self, generator: torch.Generator) -> ModalitySpans:
+        """A random control: in each row, names other than "text" dealt out at random among the tokens that have one.
+
+        Numbers of tokens stay; only which of them is which is lost. A row of one modality stays as it is.
+        """
+        labels = self.labels.clone()
+        for row in labels:
+            media = (row > 0).nonzero()[:, 0].cpu()
+            row[media] = row[media[torch.randperm(len(media), generator=generator)]]
+        return ModalitySpans(self.names, labels)
+
 
 def _templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
     if getattr(tokenizer, "chat_template", None) is None:

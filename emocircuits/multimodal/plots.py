@@ -47,15 +47,24 @@ def answer_bars(answers: Mapping[str, Sequence[float]], labels: Sequence[str]) -
     return fig.update_layout(barmode="group", bargap=0.3).update_yaxes(range=[0, 1], tickformat=".0%")
 
 
-def changed_bars(changed: Mapping[str, Sequence[Row]], strengths: Mapping[str, Sequence[float]]) -> go.Figure:
-    """How often the answer changes, for each way to reallocate attention and each strength, with 95 % intervals."""
+def changed_bars(
+    changed: Mapping[str, Sequence[Row]],
+    strengths: Mapping[str, Sequence[float]],
+    random: Mapping[str, Sequence[Row]] | None = None,
+) -> go.Figure:
+    """How often the answer changes, for each way to reallocate attention and each strength, with 95 % intervals.
+
+    random: the same with modalities dealt out at random among their tokens, drawn beside it.
+    """
     fig = figure("", "answers changed", 300 + 20 * min(3, len(changed)))
-    for way, points in changed.items():
-        fig.add_bar(
-            x=[[text(way)] * len(points), [f"{s:g}" for s in strengths[way]]],
-            y=numbers(p.get("estimate") for p in points), error_y=whiskers(points), marker_color=INK, name=text(way),
-        )  # fmt: skip
-    return fig.update_layout(showlegend=False, bargap=0.35).update_yaxes(range=[0, 1.02], tickformat=".0%")
+    for name, found, color in (("as given", changed, INK), ("random spans", random or {}, QUIET)):
+        for i, (way, points) in enumerate(found.items()):
+            fig.add_bar(
+                x=[[text(way)] * len(points), [f"{s:g}" for s in strengths[way]]],
+                y=numbers(p.get("estimate") for p in points), error_y=whiskers(points), marker_color=color, name=name,
+                legendgroup=name, showlegend=bool(random) and not i, offsetgroup=name if random else None,
+            )  # fmt: skip
+    return fig.update_layout(bargap=0.35).update_yaxes(range=[0, 1.02], tickformat=".0%")
 
 
 def gap_curve(rows: Sequence[Row], x: str = "strength") -> go.Figure:

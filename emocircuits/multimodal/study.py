@@ -21,7 +21,7 @@ from ..models.fingerprint import fingerprint
 from ..models.load import Loaded
 from ..runs import Run
 from . import plots
-from .balance import MODES, Answers, Balance, measure
+from .balance import MODES, Answers, Balance, measure, spans_of
 from .sweep import sweep, ways
 
 Found = Mapping[str, Any]
@@ -55,7 +55,7 @@ def run_balance(
     answers = Answers.of_words(loaded.tokenizer, words)
     names = [str(Path(f).expanduser().resolve()) for f in files]
     run = Run(out, {"model": fingerprint(loaded.model), "batches": names, "answers": dict(words), "seed": seed})
-    task = progress.add_task("measuring", total=2 * len(names)) if progress else None
+    task = progress.add_task("measuring", total=3 * len(names)) if progress else None
 
     def each(stage: str, make: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
         parts = []
@@ -68,7 +68,8 @@ def run_balance(
     parts = each("batch", lambda n: _plain(_measured(loaded.model, n, answers, seed)))
     found = run.json_stage("balance", lambda: summary(parts, seed))
     swept = each("swept", lambda n: _swept(loaded.model, n, answers))
-    moved = run.json_stage("reallocation", lambda: reallocated(parts, swept, names, seed))
+    dealt = each("dealt", lambda n: _swept(loaded.model, n, answers, seed))
+    moved = run.json_stage("reallocation", lambda: reallocated(parts, swept, dealt, names, seed))
     return artefact.write_text_atomic(run.file("report.html"), page(found, moved, loaded.name))
 
 
@@ -78,8 +79,15 @@ def _measured(model: Any, path: str, answers: Answers, seed: int) -> Balance:
     return measure(model, batch, answers, modes=modes, seed=seed)
 
 
-def _swept(model: Any, path: str, answers: Answers) -> dict[str, Any]:
-    return {way: p.tolist() for way, p in sweep(model, read_batch(path), answers).items()}
+def _swept(model: Any, path: str, answers: Answers, dealt: int | None = None) -> dict[str, Any]:
+    """Answers under every reallocation; dealt: a seed, for the control with random spans."""
+    batch = read_batch(path)
+    spans = spans_of(model, batch)
+    if dealt is not None:
+        if len(spans.present()) < 2:
+            return {}  # dealing out one modality changes nothing, so there is no such control
+        spans = spans.dealt(torch.Generator().manual_seed(dealt))
+    return {way: p.tolist() for way, p in sweep(model, batch, answers, spans=spans).items()}
 
 
 def _plain(found: Balance) -> dict[str, Any]:
@@ -138,10 +146,16 @@ def _mean(values: np.ndarray, seed: int) -> dict[str, Any]:
     return {k: number(v) if isinstance(v, float) else v for k, v in found.items()}
 
 
-def reallocated(parts: Sequence[Found], swept: Sequence[Found], names: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """Every prompt's answers without and with reallocation, and how often each way and strength changes them."""
+def reallocated(
+    parts: Sequence[Found], swept: Sequence[Found], dealt: Sequence[Found], names: Sequence[str], seed: int = 0
+) -> dict[str, Any]:
+    """Every prompt's answers without and with reallocation, and how often each way and strength changes them.
+
+    dealt: the same with modalities dealt out at random among their tokens; "random" says how often that changes the
+    answer, "beyond_random" the paired difference. Both are empty when all prompts hold one modality only.
+    """
     strengths = {way.name: list(way.strengths) for way in ways(parts[0]["modalities"])}
-    rows, changed, stems = [], {}, [Path(name).stem for name in names]
+    rows, stems = [], [Path(name).stem for name in names]
     if len(set(stems)) < len(stems):
         stems = [f"{stem} {k}" for k, stem in enumerate(stems)]
     for part, after, stem in zip(parts, swept, stems):
@@ -149,10 +163,21 @@ def reallocated(parts: Sequence[Found], swept: Sequence[Found], names: Sequence[
             moved = {way: [p[i] for p in after[way]] for way in strengths}
             rows.append({"name": f"{stem}, row {i}", "before": np.exp(scores).tolist(), "after": moved})
     before = np.array([row["before"] for row in rows]).argmax(-1)
-    for way in strengths:
-        after = np.array([row["after"][way] for row in rows]).argmax(-1)  # [rows, strengths]
-        changed[way] = [_mean((column != before).astype(float), seed) for column in after.T]
-    return {"answers": list(parts[0]["answers"]), "strengths": strengths, "changed": changed, "rows": rows}
+
+    def changed(found: Sequence[Found], way: str) -> np.ndarray:
+        """[strengths, rows] 1 where the answer is another one."""
+        return (np.concatenate([p[way] for p in found], 1).argmax(-1) != before).astype(float)
+
+    def means(of: Callable[[str], np.ndarray]) -> dict[str, list[dict[str, Any]]]:
+        return {way: [_mean(row, seed) for row in of(way)] for way in strengths}
+
+    random = all(dealt)
+    return {
+        "answers": list(parts[0]["answers"]), "strengths": strengths, "rows": rows,
+        "changed": means(lambda way: changed(swept, way)),
+        "random": means(lambda way: changed(dealt, way)) if random else {},
+        "beyond_random": means(lambda way: changed(swept, way) - changed(dealt, way)) if random else {},
+    }  # fmt: skip
 
 
 def page(found: Found, moved: Found, model: str) -> str:
@@ -160,8 +185,11 @@ def page(found: Found, moved: Found, model: str) -> str:
     made = Page(f"What drives the answers of {model}")
     made.add("effects", "What the answer needs", _effects(made, found))
     made.add("attention", "Where the last token looks", _attention(made, found))
-    bars = plots.changed_bars(moved["changed"], moved["strengths"])
-    said = "Share of prompts whose likeliest answer is another one when attention is moved before it answers."
+    bars = plots.changed_bars(moved["changed"], moved["strengths"], moved.get("random"))
+    said = (
+        "Share of prompts whose likeliest answer is another one when attention is moved before it answers; pale: the"
+        " same with the modalities dealt out at random among their tokens."
+    )
     made.add("reallocation", "What moves the answer", made.figure(bars, "Answers changed by reallocation", said))
     rows = [[esc(k), num(v)] for k, v in found["agreement"].items()]
     words = (

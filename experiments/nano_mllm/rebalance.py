@@ -129,19 +129,11 @@ def choose(rows: Sequence[Mapping[str, Any]], tried: Sequence[Setting], consiste
 
 
 def random_spans(model: Any, made: Reallocation, seed: int) -> Around:
-    """The same policy with audio and image labels dealt out at random among the modality tokens of each row.
-
-    Sizes, weights and gated queries are those of the policy; only which token is which modality is lost.
-    """
+    """The same policy with audio and image labels dealt out at random: sizes, weights and gated queries stay."""
     generator, tokens = torch.Generator().manual_seed(seed), placeholders(model)
 
     def around(inputs: dict[str, Tensor]) -> AbstractContextManager[Any]:
-        spans = ModalitySpans.of_ids(inputs["input_ids"], tokens)
-        labels = spans.labels.clone()
-        for row in labels:
-            media = (row > 0).nonzero()[:, 0]
-            row[media] = row[media][torch.randperm(len(media), generator=generator)]
-        return made.attach(model, ModalitySpans(spans.names, labels))
+        return made.attach(model, ModalitySpans.of_ids(inputs["input_ids"], tokens).dealt(generator))
 
     return around
 
