@@ -122,8 +122,8 @@ def patiently(key: Any, make: Callable[[], T], doing: str) -> T:
     """
     pool, jobs = _jobs()
     job = jobs[key] = jobs.get(key) or pool.submit(make)
-    while len(jobs) > KEPT:
-        jobs.pop(next(iter(jobs))).cancel()
+    for old in [k for k, j in jobs.items() if j.done() and k != key][: max(0, len(jobs) - KEPT)]:
+        del jobs[old]
     place, begun = st.empty(), time.monotonic()
     while not job.done():
         place.caption(f"{doing} ({time.monotonic() - begun:.0f} s); other pages work meanwhile.")

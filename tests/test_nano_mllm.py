@@ -6,6 +6,7 @@ import json
 from itertools import combinations
 from pathlib import Path
 
+import batch
 import clips
 import model as nano
 import numpy as np
@@ -20,6 +21,8 @@ from PIL import Image
 from scipy.io import wavfile
 
 from emocircuits.models.spans import ModalitySpans, placeholders
+from emocircuits.multimodal.balance import Answers
+from emocircuits.multimodal.study import read_batch
 from emocircuits.steering.policies import SetPoint, Transfer
 from emocircuits.steering.reallocation import Reallocation
 
@@ -206,3 +209,15 @@ def test_the_gallery_shows_the_clips_that_were_answered(trained):
     way, strength = "set point, last", found["strengths"]["set point, last"].index(0.2)
     after = rebalance.probabilities(trained, conflict, Reallocation(SetPoint("audio", "image", 0.2), queries="last"))
     assert np.abs(after - [c["after"][way][strength] for c in found["rows"]]).max() < 1e-3
+
+
+def test_the_batch_for_the_balance_command_asks_what_was_asked(trained, tmp_path):
+    batch.main(["--out", str(tmp_path), "--persons", "1"])
+    conflict = sets.evaluation_sets(sets.HELD_OUT, 1, 1, sets.Recipe(), ("conflict",))["conflict"]
+    inputs = read_batch(tmp_path / "conflict.safetensors")
+    answers = Answers.of_words(nano.tokenizer(), {e: e for e in EMOTIONS})
+    with torch.no_grad():
+        asked = answers.scores(trained, inputs).exp().numpy()
+    assert np.abs(asked - nano.label_probabilities(trained, conflict.items)).max() < 1e-5
+    rows = {f"conflict, row {i}{ending}" for i in range(len(conflict.items)) for ending in (".png", ".wav")}
+    assert {f.name for f in (tmp_path / "clips").iterdir()} == rows

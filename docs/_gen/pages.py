@@ -55,9 +55,11 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages, and the pictures and tables that pages link to."""
-    for uri, content in generated().items():
+    pages = generated()
+    for uri, content in pages.items():
         files.append(File.generated(config, uri, content=content))
-    files.append(File.generated(config, notebooks.PLOTLY, content=notebooks.plotly()))
+    if any(notebooks.PLOTLY in content for content in pages.values()):  # four megabytes, for figures of notebooks only
+        files.append(File.generated(config, notebooks.PLOTLY, content=notebooks.plotly()))
     for folder in (NOTEBOOKS, RESULTS, BENCHMARKS):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix[1:] in (*SHOWN_AS_IS, "ipynb"):
