@@ -166,7 +166,8 @@ def fit_rows(quality: Mapping[str, Any]) -> list[Row]:
     readout = (quality.get("readout") or {}).get("method")
     return [
         {"method": f"{f.get('method')}{' (the read-out)' if f.get('method') == readout else ''}",
-         "layer": str(f.get("layer")), "left-out training themes": num(f.get("across_themes")),
+         "layer": "none" if f.get("layer") is None else str(f["layer"]),
+         "left-out training themes": num(f.get("across_themes")),
          "held-out themes": rate(sections.as_interval(f), ".2f"), "AUROC": num(f.get("auroc"))}
         for f in quality.get("fits") or []
     ]  # fmt: skip

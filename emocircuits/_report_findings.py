@@ -46,13 +46,22 @@ def _said_directions(data: RunData) -> str:
     above = (number(row.get("low")) or 0.0) > max(chance, _null_limit(data, found) or 0.0)
     start = f"{esc(data.model)} {'has' if above else 'shows no reliable'} linear emotion directions"
     goal = f"{len(data.emotions)} emotions" if len(data.emotions) > 1 else "one emotion"
-    end = "" if above else " That is not clearly more than chance."
-    null = _null_limit(data, found)
+    null, words = _null_limit(data, found), _words_alone(data)
     beside = f"chance {chance:.2f}" + ("" if null is None else f", shuffled labels up to {null:.2f}")
+    beside += "" if words is None else f", the replies' own letters without a model {words:.2f}"
+    end = "" if above else " That is not clearly more than chance."
+    if above and words is not None and (number(row.get("low")) or 0.0) <= words:
+        end = " That is not clearly more than the words of the replies give without a model."
     return (
         f"{start}: read at layer {esc(row.get('layer'))}, they tell {goal} apart on themes "
         f"never used in fitting with accuracy {interval(sections.as_interval(row), '.2f')} ({beside}).{end}"
     )
+
+
+def _words_alone(data: RunData) -> float | None:
+    """Accuracy of the fit that saw no activations."""
+    fits = (data.quality or {}).get("fits") or []
+    return next((number(f.get("accuracy")) for f in fits if f.get("layer") is None), None)
 
 
 def _null_limit(data: RunData, found: Data) -> float | None:

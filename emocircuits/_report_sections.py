@@ -288,7 +288,7 @@ def _fits(quality: Data) -> str:
         rows.append(
             [
                 esc(other.get("method")) + (" (the read-out)" if chosen else ""),
-                esc(other.get("layer")),
+                num(other.get("layer"), ".0f", "no model"),
                 num(other.get("across_themes"), reason="not computed"),
                 interval(as_interval(other), ".2f"),
                 num(other.get("auroc")),
@@ -299,7 +299,8 @@ def _fits(quality: Data) -> str:
     head = ["method", "layer", "left-out training themes", "held-out themes", "AUROC"]
     caption = (
         "Ways to fit the reply directions, each at the layer its training themes chose. The read-out is the method "
-        "that was best on left-out training themes; the plain difference of means steers."
+        "that was best on left-out training themes; the plain difference of means steers. Without a model: the same "
+        "difference of means of the replies' character n-grams. Only what exceeds it is the model's own."
     )
     return table(caption, head, rows, wide=False)
 

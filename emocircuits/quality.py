@@ -13,7 +13,9 @@ from torch import Tensor
 from .directions import DirectionSet, fit
 from .errors import InputError
 from .evaluation.statistics import auroc, clustered_bootstrap
-from .reading import Features
+from .reading import Example, Features
+
+NO_MODEL = "character n-grams, no model"
 
 
 def held_out(
@@ -111,6 +113,30 @@ def across_themes(train: Features, emotions: Sequence[str], *, method: str = "di
         model = fit(kept.where([not k for k in inside]), emotions, method=method, seed=seed)
         scores.append(accuracy_by_layer(model, kept.where(inside)))
     return np.mean(scores, 0)
+
+
+def without_model(
+    train: Sequence[Example], test: Sequence[Example], emotions: Sequence[str], *, seed: int = 0
+) -> dict[str, Any]:
+    """What the words alone give: directions fitted on n-grams of the responses (2 to 5 characters, TF-IDF).
+
+    The same fit and the same test as of activations (difference of means, held-out themes), so that an accuracy says
+    what the model adds. A row of `held_out` with `across_themes`; its layer is None.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    counted = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)
+    counted.fit([e.response for e in train])
+
+    def features(examples: Sequence[Example]) -> Features:
+        x = torch.from_numpy(counted.transform([e.response for e in examples]).toarray()).float()
+        told = ([getattr(e, name) for e in examples] for name in ("label", "group", "theme", "cluster"))
+        return Features(x[:, None], *map(tuple, told), site="text", layers=(0,), position="response")
+
+    known = features(train)
+    row = held_out(fit(known, emotions, seed=seed), features(test), seed=seed)[0]
+    across = float(across_themes(known, emotions, seed=seed)[0])
+    return {**row, "method": NO_MODEL, "layer": None, "across_themes": across}
 
 
 def cosines(a: DirectionSet, b: DirectionSet) -> np.ndarray:

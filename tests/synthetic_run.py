@@ -237,7 +237,12 @@ def quality(rng: np.random.Generator, emotions: tuple[str, ...], layers: int) ->
         "emotions": list(emotions),
         "layers": at.tolist(),
         "sets": [one("response_mean", 0.93), one("last_prompt", 0.97)],
-        "fits": [fit("diff_means", 0.93), fit("lda", 0.94), fit("logistic", 0.92)],
+        "fits": [
+            fit("diff_means", 0.93),
+            fit("lda", 0.94),
+            fit("logistic", 0.92),
+            {**fit("character n-grams, no model", 0.6), "layer": None},
+        ],
         "readout": fit("lda", 0.94),
         "confounds": [
             {

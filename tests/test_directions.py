@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from emocircuits import quality
 from emocircuits.directions import METHODS, DirectionSet, agreement, centre, fit
 from emocircuits.errors import ArtefactError, HookError, InputError
-from emocircuits.reading import Features
+from emocircuits.reading import Example, Features
 
 EMOTIONS = ("anger", "sadness", "fear")
 
@@ -92,6 +92,25 @@ def test_null_and_split_half_tell_signal_from_noise() -> None:
     assert cosines[:, 1].min() > 0.9
     assert np.abs(cosines[:, 0]).max() < 0.7
     assert quality.across_themes(features, EMOTIONS).argmax() == 1
+
+
+def test_words_alone_are_told_from_texts_that_carry_nothing() -> None:
+    rng = np.random.default_rng(0)
+
+    def replies(marked: bool, themes: range) -> list[Example]:
+        made = []
+        for theme in themes:
+            for i in range(8):
+                for emotion in EMOTIONS:
+                    noise = " ".join("".join(rng.choice(list("bcdlmnrt"), 5)) for _ in range(6))
+                    text = f"{noise} {emotion[:4]}ish" if marked else noise
+                    made.append(Example("Event.", emotion, f"{theme}/{i}", "", text, str(theme), f"{theme}/{i}"))
+        return made
+
+    told = quality.without_model(replies(True, range(4)), replies(True, range(4, 6)), EMOTIONS)
+    assert (told["accuracy"], told["across_themes"], told["layer"]) == (1.0, 1.0, None)
+    nothing = quality.without_model(replies(False, range(4)), replies(False, range(4, 6)), EMOTIONS)
+    assert nothing["low"] < 1 / 3 < nothing["high"]
 
 
 def test_saved_directions_come_back_bit_identical(tmp_path) -> None:

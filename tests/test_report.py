@@ -117,6 +117,14 @@ def test_no_direction_is_claimed_when_the_interval_reaches_the_null(tmp_path: Pa
     assert "shows no reliable" in headline(read_run(run))[0]
 
 
+def test_directions_that_read_no_better_than_letters_do_are_called_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    assert "without a model 0.60" in headline(read_run(run))[0]
+    assert "not clearly more" not in headline(read_run(run))[0]
+    edit(run / "quality.json", lambda q: q["fits"][-1].update(accuracy=0.95))
+    assert "not clearly more than the words of the replies give" in headline(read_run(run))[0]
+
+
 def test_a_steering_effect_within_its_control_is_called_so(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", scenarios=1)
     assert "not clearly better" not in " ".join(headline(read_run(run)))

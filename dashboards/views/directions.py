@@ -112,7 +112,8 @@ def _quality(data: RunData) -> None:
     table(findings.test_rows(quality), "Every test at the layer that training themes chose")
     table(
         findings.fit_rows(quality), "Ways to fit the reply directions",
-        "The read-out is the method that was best on left-out training themes; the difference of means steers.",
+        "The read-out is the method that was best on left-out training themes; the difference of means steers. Only "
+        "what exceeds the replies' character n-grams is the model's own.",
     )  # fmt: skip
     if chosen.get("split_half"):
         halves = plots.split_half_map(chosen["split_half"], quality["emotions"], quality["layers"])
