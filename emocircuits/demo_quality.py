@@ -96,8 +96,8 @@ def _fits(demo: Demo, plain: dict[str, Any], test: Features) -> dict[str, Any]:
     diff_means = {"method": "diff_means", "layer": plain["best_layer"], "across_themes": max(plain["across_themes"])}
     diff_means |= {k: at_best[k] for k in ("accuracy", "low", "high", "auroc")}
     chosen = max((diff_means, lda), key=lambda found: found["across_themes"])
-    examples = (reply_examples(scenarios, emotions) for scenarios in (demo.train, demo.heldout))
-    words = quality.without_model(*examples, emotions, seed=seed)
+    known, unseen = (reply_examples(scenarios, emotions) for scenarios in (demo.train, demo.heldout))
+    words = quality.without_model(known, unseen, emotions, seed=seed)
     kept = ("method", "layer", "across_themes", "accuracy", "low", "high", "auroc")
     return {"fits": [diff_means, lda, logistic, {k: words[k] for k in kept}], "readout": chosen}
 
