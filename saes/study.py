@@ -51,6 +51,8 @@ from .train import Trained, train
 from .vectors import Vectors, is_sink, stored, without_sinks
 
 DOSES = (-1.0, -0.5, 0.5, 1.0, 1.5)
+SPLICED = 6
+"""Held-out scenarios whose loss is measured with the SAE spliced in, at most."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,8 @@ def _quality(
     """Held-out themes, baselines on the same vectors, agreement of seeds, and the loss when spliced into the model."""
     key = ("resid_post", plan.layer)
     fit, test = (without_sinks(stored(stores[name])[0]).read() for name in ("train", "heldout"))
-    spliced = recovery(loaded.model, loaded.tokenizer, emotion_traces(heldout(), 6), trained[0].sae, key, at="all")
+    traces = emotion_traces(heldout(), min(SPLICED, plan.scenarios or SPLICED))
+    spliced = recovery(loaded.model, loaded.tokenizer, traces, trained[0].sae, key, at="all")
     decoders = [t.sae.W_dec.detach() for t in trained]
     agree = stability(decoders, plan.seed) if len(decoders) > 1 else None
     return {

@@ -114,30 +114,27 @@ def test_a_terminated_command_takes_its_server_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("page", PAGES)
-def test_every_page_opens_without_an_exception_and_fits(
-    tab: chromium.Tab, server: str, page: str, width: int, dark: bool
+def test_every_page_opens_without_an_exception_fits_and_asks_nothing_of_other_machines(
+    tab: chromium.Tab, server: str, page: str, width: int
 ) -> None:
     tab.errors.clear()
-    tab.look(width, dark=dark)
-    tab.open(f"{server}/{page}?run=whole")
-    if folder := os.environ.get("EMOCIRCUITS_SCREENSHOTS"):
-        tab.picture(Path(folder, f"{page or 'overview'}-{width}-{'dark' if dark else 'light'}.png"))
-    assert PAGES[page] in tab.words()
-    assert not tab.js("""document.querySelectorAll('[data-testid="stException"]').length""")
-    assert not tab.js("""document.querySelectorAll('[data-testid="stAlertContentError"]').length""")
-    ground = tab.js("""getComputedStyle(document.querySelector('[data-testid="stApp"]')).backgroundColor""")
-    assert (max(map(int, re.findall(r"\d+", ground)[:3])) < 128) == dark
-    main = """document.querySelector('[data-testid="stMain"]')"""
-    assert tab.js(f"{main}.scrollWidth <= {main}.clientWidth + 1")
-    assert [e for e in tab.errors if not BASE_PATH.search(e)] == []
-
-
-def test_pages_ask_nothing_of_other_machines(tab: chromium.Tab, server: str) -> None:
     tab.requests.clear()
-    for page in PAGES:
-        tab.open(f"{server}/{page}?run=whole")
+    tab.look(width)
+    tab.open(f"{server}/{page}?run=whole")
+    for theme in ("light", "dark"):
+        tab.look(width, dark=theme == "dark")  # the page follows at once
+        tab.wait(chromium.READY)
+        if folder := os.environ.get("EMOCIRCUITS_SCREENSHOTS"):
+            tab.picture(Path(folder, f"{page or 'overview'}-{width}-{theme}.png"))
+        assert PAGES[page] in tab.words()
+        assert not tab.js("""document.querySelectorAll('[data-testid="stException"]').length""")
+        assert not tab.js("""document.querySelectorAll('[data-testid="stAlertContentError"]').length""")
+        ground = tab.js("""getComputedStyle(document.querySelector('[data-testid="stApp"]')).backgroundColor""")
+        assert (max(map(int, re.findall(r"\d+", ground)[:3])) < 128) == (theme == "dark")
+        main = """document.querySelector('[data-testid="stMain"]')"""
+        assert tab.js(f"{main}.scrollWidth <= {main}.clientWidth + 1")
+    assert [e for e in tab.errors if not BASE_PATH.search(e)] == []
     assert tab.requests
     assert [url for url in tab.requests if not url.startswith((server, "data:", "blob:"))] == []
 
