@@ -25,6 +25,7 @@ class Run:
         self.path = Path(path)
         self.settings = json.loads(json.dumps(settings))
         self.stages: dict[str, dict[str, Any]] = {}
+        self._inner = 0.0  # seconds of the stages that were made inside the one that is being made
         manifest = self.path / MANIFEST
         if manifest.exists():
             self._reopen(manifest)
@@ -66,20 +67,31 @@ class Run:
         return all(self.file(n).exists() and self.file(n).stat().st_size == size for n, size in record["files"].items())
 
     def stage(self, name: str, files: list[str], make: Callable[[], None], read: Callable[[], T]) -> T:
-        """Run `make` unless the stage is done, then `read` its result from the files (the one way results flow)."""
+        """Run `make` unless the stage is done, then `read` its result from the files (the one way results flow).
+
+        The seconds of a stage are its own: those of stages that it had to make first are theirs.
+        """
         if not self.done(name):
-            start = time.monotonic()
-            make()
+            seconds = self._timed(make)
             missing = [f for f in files if not self.file(f).exists()]
             if missing:
                 raise InputError(f"stage {name!r} did not write {', '.join(missing)}")
             self.stages[name] = {
                 "files": {f: self.file(f).stat().st_size for f in files},
                 "sha256": {f: _sha256(self.file(f)) for f in files},
-                "seconds": round(time.monotonic() - start, 1),
+                "seconds": round(seconds, 1),
             }
             self._write()
         return read()
+
+    def _timed(self, make: Callable[[], None]) -> float:
+        """Seconds that `make` took without the stages made inside it."""
+        outer, self._inner, start = self._inner, 0.0, time.monotonic()
+        try:
+            make()
+            return time.monotonic() - start - self._inner
+        finally:
+            self._inner = outer + time.monotonic() - start
 
     def json_stage(self, name: str, make: Callable[[], Any]) -> Any:
         """A stage whose result is one JSON file called `name`.json."""

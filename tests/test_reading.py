@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +160,26 @@ def test_an_interrupted_stage_leaves_the_run_as_it_was(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run.json_stage("a", stop)
     assert not Run(tmp_path / "run", {}).done("a")
+
+
+def test_a_stages_seconds_are_its_own(tmp_path, monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("emocircuits.runs.time.monotonic", lambda: clock[0])
+    run = Run(tmp_path / "run", {})
+
+    def work(seconds: float, *first: tuple[str, Any]) -> Any:
+        def make() -> dict[str, int]:
+            for name, inner in first:
+                run.json_stage(name, inner)
+            clock[0] += seconds
+            return {}
+
+        return make
+
+    run.json_stage("whole", work(5, ("middle", work(3, ("a", work(1)), ("b", work(2)))), ("c", work(4))))
+    run.json_stage("after", work(7))
+    own = {name: stage["seconds"] for name, stage in run.stages.items()}
+    assert own == {"a": 1, "b": 2, "middle": 3, "c": 4, "whole": 5, "after": 7}
 
 
 @pytest.mark.parametrize("length", [4, 9])
