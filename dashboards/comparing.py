@@ -36,8 +36,8 @@ def key_figures(data: RunData) -> dict[str, str]:
     parts = (("evaluation", "methods"), ("circuits", "stability"))
     methods, stable = ((circuits.get(stage) or {}).get(part) or {} for stage, part in parts)
     found |= {f"Coherent, {m}": rate(methods[m].get("coherent")) for m in ("circuit", "random units") if m in methods}
-    found |= {f"Circuits of two halves of the themes, {k} shared beyond chance": num(stable[k])
-              for k in ("heads", "neurons") if stable.get(k) is not None}  # fmt: skip
+    for kind in ("heads", "neurons"):  # of circuits that two halves of the themes give by themselves, beyond chance
+        found |= {f"Stability, {kind}": num(stable[kind])} if stable.get(kind) is not None else {}
     return found
 
 

@@ -45,7 +45,7 @@ def figures(folder: Path) -> dict[str, str]:
             beats = steered["confirmed"]["survives_every_control"]
             said[f"steering {emotion} beats every control"] = "yes" if beats else "no"
     for row in entropy_rows(sure) if sure is not None else ():
-        said[f"entropy with {row['added']} added, nats"] = row["entropy"]
+        said[f"entropy in nats, {row['added']}"] = row["entropy"]
     return said
 
 

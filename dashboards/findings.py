@@ -150,10 +150,10 @@ def test_rows(quality: Mapping[str, Any]) -> list[Row]:
     """Every test of every direction set at its chosen layer."""
     return [
         {
-            "read at": str(found["name"]), "test": str(test.get("name")), "what": str(test.get("what", "")),
-            "layer": str(found.get("best_layer")), "accuracy": rate(sections.as_interval(row), ".2f"),
-            "AUROC": num(row.get("auroc")),
+            "read at": str(found["name"]), "test": str(test.get("name")), "layer": str(found.get("best_layer")),
+            "accuracy": rate(sections.as_interval(row), ".2f"), "AUROC": num(row.get("auroc")),
             **{f"recall, {e}": num((row.get("recall") or {}).get(e)) for e in quality["emotions"]},
+            "what": str(test.get("what", "")),
         }
         for found in quality["sets"]
         for test in found.get("tests") or []

@@ -163,7 +163,7 @@ def test_two_studies_of_a_kind_are_compared(kind: str, measure: str, home: Path,
 
 def test_a_test_bed_and_a_confidence_vector_have_key_figures() -> None:
     assert comparing.modality.figures(TESTBED)["conflict: preference gap"].startswith("0.")
-    assert features.figures(RESULTS / "saes")["entropy with the vector added, nats"] == "0.29"
+    assert features.figures(RESULTS / "saes")["entropy in nats, the vector"] == "0.29"
 
 
 def test_circuits_share_units_beyond_chance_only_in_models_of_one_configuration() -> None:

@@ -28,7 +28,8 @@ def show(data: RunData) -> None:
         return
     other = opened(here.root / choose("Beside", others, "beside"))
     names = (data.path.name, other.path.name)
-    table(comparing.key_rows(data, other, names), "Key figures", "With 95% intervals, each from its own scenarios.")
+    table(comparing.key_rows(data, other, names), "Key figures", "Intervals are 95%, each run's over its own texts.",
+          column_config={"measure": st.column_config.Column(width="medium")})  # fmt: skip
     if len(scores := comparing.steered(data, other, names)) == 2:
         emotions = list(dict.fromkeys([*data.emotions, *other.emotions]))
         draw(plots.expression_bars(scores, emotions), "Coherent expression under steering, by emotion")
@@ -38,7 +39,10 @@ def show(data: RunData) -> None:
              "Layers are counted from 0; models of other depths reach other numbers.")  # fmt: skip
     _directions(data, other)
     _circuits(data, other, names)
-    table(comparing.different_settings(data, other, names), "Settings that differ")
+    if rows := comparing.different_settings(data, other, names):
+        table(rows, "Settings that differ")
+    else:
+        st.caption("Both have the same settings and versions, as far as they are recorded.")
 
 
 def _directions(data: RunData, other: RunData) -> None:
