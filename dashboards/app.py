@@ -50,7 +50,7 @@ def main() -> None:
     except (InputError, OSError) as error:
         st.header("No run to show", anchor=False)
         st.error(md(error), icon=":material/error:")
-        missing("Make a run", "About ten minutes on two cores with the demo model; --small is a quick look.",
+        missing("Make a run", "A quarter of an hour on two cores with the demo model; --small is a quick look.",
                 f"emocircuits demo --out {DEFAULT}\nemocircuits explore {DEFAULT}")  # fmt: skip
         return
     with st.sidebar:

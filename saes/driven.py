@@ -34,7 +34,7 @@ class Driven:
     """Shares of a latent's activation, summed over tokens, that are lost when units are ablated, with 95 % intervals.
 
     whole: its mean activation per token. lost: without the circuit's units. random: without as many others of the same
-    layers, mean over draws. p: of the difference, paired by trace. A latent that fires nowhere has no share (None).
+    layers, mean over draws. p: of the difference, paired by cluster. A latent that fires nowhere has no share (None).
     """
 
     latent: int
@@ -58,12 +58,14 @@ def driven_by(
     split: Splitter = paragraphs,
     draws: int = 5,
     batch_size: int = 8,
+    clusters: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[Driven]:
     """How much of each latent is the circuit's doing, beside random units of its layers.
 
+    clusters: of the traces, such as scenarios; intervals and tests are over them (default: each trace by itself).
     Raises InputError before any forward pass for latents that do not exist, an empty circuit or one wholly above `key`,
-    fewer than two traces, and as `check_place` and `place_steps` do.
+    fewer than two traces, other clusters than traces, and as `check_place` and `place_steps` do.
     """
     check_place(model, sae, key)
     check_latents(sae, latents)
@@ -74,6 +76,9 @@ def driven_by(
     items = place_steps(model, tokenizer, traces, "all", split)
     if len(items) < 2:
         raise InputError("intervals need at least two traces")
+    names = [item.trace for item in items] if clusters is None else list(clusters)
+    if len(names) != len(items):
+        raise InputError(f"{len(items)} traces were given, but {len(names)} clusters; give one for each trace")
     widths = {"heads": units.z.shape[3], "neurons": units.mlp_post.shape[-1]}
     others = [_below(random_like(circuit, widths, units.z.shape[2], seed=seed + i), reach) for i in range(draws)]
 
@@ -85,7 +90,7 @@ def driven_by(
 
     whole, without = sums([]), sums(mean_ablation(circuit, units))
     control = np.mean([sums(mean_ablation(other, units)) for other in others], axis=0)
-    names, nothing, n = [item.trace for item in items], np.zeros(len(items)), sum(len(item.read) for item in items)
+    nothing, n = np.zeros(len(items)), sum(len(item.read) for item in items)
     found = []
     for j, latent in enumerate(latents):
         lost, random = (

@@ -161,7 +161,7 @@ def driven(report: Row) -> str:
         f" {report['texts']} replies to {report['scenarios']} scenarios of held-out themes, that is lost when the"
         " circuit's heads and neurons below hold their mean; random: as many others of the same layers, mean of"
         f" {report['draws']} draws."
-        " 95 % intervals over replies. A negative share: the latent fires more without them.",
+        " 95 % intervals over scenarios. A negative share: the latent fires more without them.",
         f"Circuits, all layers: {sizes}.",
         markdown_table(heads, rows),
     ]) + "\n"  # fmt: skip

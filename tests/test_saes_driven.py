@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from organisms import D_MODEL, EMOTIONS, HEADS, NEURONS, TOKENS, B, C, X, planted
@@ -16,6 +19,7 @@ pytest.importorskip("sae_lens", reason="sae-lens is not installed: emocircuits[s
 
 from saes.driven import driven_by
 from saes.metrics import LinearCoder
+from saes.tables import driven
 
 KEY = ("resid_post", 2)
 LATENTS = {"path": C.start + 2, "distractor": X.start + 2, "silent": D_MODEL - 1}
@@ -86,3 +90,21 @@ def test_what_cannot_be_said(setting):
         driven_by(*given, [1], circuit(()), units)
     with pytest.raises(InputError, match="two traces"):
         driven_by(*given[:4], TRACES[:1], [1], circuit(HEADS), units)
+    with pytest.raises(InputError, match="8 traces were given, but 3 clusters"):
+        driven_by(*given, [1], circuit(HEADS), units, clusters=["a", "b", "c"])
+
+
+def test_intervals_and_tests_are_over_clusters(setting):
+    model, sae, units = setting
+    given = model, TOKENS, sae, KEY, TRACES, [LATENTS["path"]], circuit(HEADS[:1], NEURONS), units
+    (alone,), (two,) = (driven_by(*given, draws=1, clusters=c) for c in (None, ["a", "b"] * 4))
+    assert alone.lost["estimate"] == two.lost["estimate"]
+    assert alone.p < two.p == pytest.approx(0.5), "two clusters have four flips, two of them as large"
+
+
+def test_the_committed_table_is_that_of_the_committed_numbers() -> None:
+    folder = Path(__file__).parents[1] / "experiments/results/saes"
+    report = json.loads((folder / "driven.json").read_text("utf-8"))
+    assert (folder / "driven.md").read_text("utf-8") == driven(report)
+    assert {e for row in report["rows"] for e in row["others"]} == set(report["circuits"])
+    assert all(row["emotion"] not in row["others"] for row in report["rows"])

@@ -26,7 +26,7 @@ from emocircuits.evaluation.scoring import number
 from emocircuits.evaluation.statistics import holm
 from emocircuits.models.load import load
 from saes.driven import driven_by
-from saes.study import emotion_traces
+from saes.study import emotion_traces, scenario_of
 from saes.tables import driven
 from saes.train import Trained
 
@@ -52,7 +52,7 @@ def main() -> None:
     for emotion, circuit in circuits.items():
         found = driven_by(
             loaded.model, loaded.tokenizer, trained.sae, trained.key, traces, latents, circuit, units,
-            draws=args.draws, seed=args.seed,
+            draws=args.draws, clusters=[scenario_of({"trace": t.id}) for t in traces], seed=args.seed,
         )  # fmt: skip
         by[emotion] = {d.latent: asdict(d) for d in found}
         print(f"{emotion}: {len(circuit.heads)} heads, {len(circuit.neurons)} neurons", flush=True)
