@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from served import EURO, POLICIES, hooks, registry, tiny, tokenizer
 
@@ -307,20 +307,29 @@ def test_a_listener_that_is_gone_cancels_its_row(engine: Engine) -> None:
 # ---------------------------------------------------------------- text and sampling
 
 
-@given(st.text(max_size=12), st.lists(st.text("abc€", min_size=1, max_size=3), max_size=2), st.booleans())
-def test_pieces_add_up_to_the_text_before_the_first_stop(text: str, stops: list[str], cut: bool) -> None:
+@example("ba", ["a", "baa"], False, 1)
+@example("ba", ["a", "baa"], False, 5)
+@given(
+    st.text(max_size=12), st.lists(st.text("abc€", min_size=1, max_size=3), max_size=2), st.booleans(),
+    st.integers(1, 5),
+)  # fmt: skip
+def test_pieces_add_up_to_the_text_before_the_first_stop_to_be_complete(
+    text: str, stops: list[str], cut: bool, size: int
+) -> None:
     text = text + "ab€c" + text
     data = text.encode()[: -1 if cut else None]
-    stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"), stops)
+    tokens = [data[i : i + size] for i in range(0, len(data), size)]
+    stream = TextStream(lambda ids: b"".join(tokens[i] for i in ids).decode(errors="replace"), stops)
     pieces = []
-    for byte in data:
-        pieces.append(stream.push(byte))
+    for token in range(len(tokens)):
+        pieces.append(stream.push(token))
         if stream.stopped:
             break
     pieces.append(stream.flush())
     whole = data.decode(errors="ignore")
-    ends = [whole.find(stop) for stop in stops if stop in whole]
-    assert "".join(pieces) == whole[: min(ends, default=len(whole))]
+    first = next((n for n in range(len(whole) + 1) if whole[:n].endswith(tuple(stops))), None) if stops else None
+    longest = max((len(s) for s in stops if first is not None and whole[:first].endswith(s)), default=0)
+    assert "".join(pieces) == (whole if first is None else whole[: first - longest])
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces if "\N{REPLACEMENT CHARACTER}" not in text)
 
 

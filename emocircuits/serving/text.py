@@ -21,7 +21,7 @@ class TextStream:
         self._ids = list(before)
         self._read, self._known, self._held = 0, decode(self._ids) if before else "", ""
         self.stopped = False
-        """Whether a stop string has come; it and everything after it are left out."""
+        """Whether a stop string has come: the first to be complete. It and everything after it are left out."""
 
     def push(self, token: int) -> str:
         """The text that is certain after one more token (often empty)."""
@@ -47,10 +47,11 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + fresh
-        ends = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if ends:
+        # The first to be complete (of two, the longer), so that it does not matter how tokens cut the text.
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
             self.stopped, self._held = True, ""
-            return text[: min(ends)]
+            return text[: min(found)[1]]
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
