@@ -21,7 +21,7 @@ from emocircuits.serving import batch
 from emocircuits.serving.engine import Answer, Done, Engine, Event, Failed, Limits, Piece, QueueFullError, StoppedError
 from emocircuits.serving.registry import Registry
 from emocircuits.serving.sampling import Sampler, nucleus
-from emocircuits.serving.text import TextStream
+from emocircuits.serving.text import BROKEN, TextStream
 from emocircuits.steering import Ramp, SkipFirst, Steerer, Term
 
 PROMPTS = ("They gave my seat away again.", "Hi", "What a long day that was", "Qwerty?", "The end of the world")
@@ -310,8 +310,8 @@ def test_a_listener_that_is_gone_cancels_its_row(engine: Engine) -> None:
 @example("ba", ["a", "baa"], False, 1)
 @example("ba", ["a", "baa"], False, 5)
 @given(
-    st.text(max_size=12), st.lists(st.text("abc€", min_size=1, max_size=3), max_size=2), st.booleans(),
-    st.integers(1, 5),
+    st.text(st.characters(exclude_characters=BROKEN, codec="utf-8"), max_size=12),  # decoders say it of half characters
+    st.lists(st.text("abc€", min_size=1, max_size=3), max_size=2), st.booleans(), st.integers(1, 5),
 )  # fmt: skip
 def test_pieces_add_up_to_the_text_before_the_first_stop_to_be_complete(
     text: str, stops: list[str], cut: bool, size: int
@@ -330,7 +330,7 @@ def test_pieces_add_up_to_the_text_before_the_first_stop_to_be_complete(
     first = next((n for n in range(len(whole) + 1) if whole[:n].endswith(tuple(stops))), None) if stops else None
     longest = max((len(s) for s in stops if first is not None and whole[:first].endswith(s)), default=0)
     assert "".join(pieces) == (whole if first is None else whole[: first - longest])
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces if "\N{REPLACEMENT CHARACTER}" not in text)
+    assert not any(BROKEN in piece for piece in pieces)
 
 
 def test_characters_of_several_tokens_come_whole() -> None:
