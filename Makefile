@@ -12,8 +12,9 @@ INSTALL = $(RUN)/python -m pip install --quiet --disable-pip-version-check -c co
 demo: $(VENV)/demo.done
 	$(RUN)/emocircuits demo --out runs/demo
 
-# Notebooks and the explorer take about as long as all other tests, so they run beside them, each on half of the cores.
-SLOW := tests/test_notebooks.py $(wildcard tests/test_explorer*.py)
+# Notebooks, the explorer and the tests that wait for UMAP to compile (once for all of them) take about as long as all
+# others, so they run beside them, each on half of the cores.
+SLOW := tests/test_notebooks.py tests/test_projection.py tests/test_saes_command.py $(wildcard tests/test_explorer*.py)
 test: $(VENV)/dev.done
 	export OMP_NUM_THREADS=$$($(RUN)/python -c "import os; print(max(1, (os.cpu_count() or 2) // 2))"); \
 	$(RUN)/python -m pytest $(SLOW) & slow=$$!; \
