@@ -66,12 +66,16 @@ def arms_of(steered: Row) -> dict[str, list[Row]]:
     """The arms of one `steering` entry of sae.json: the latent, random directions, matched latents; dose 0 is none."""
     names = {"steered": f"latent {steered['latent']}", "random": "random direction, same norm"}
     names |= {f"matched {i}": f"latent {i}, as sparse and as strong" for i in steered["matched"]}
-    none = [c for c in steered["cells"] if c["method"] == "none"]
-    return {said: [*none, *(c for c in steered["cells"] if c["method"] == name)] for name, said in names.items()}
+    return _with_none(steered["cells"], names)
 
 
 def doses_of(answers: Row) -> dict[str, list[Row]]:
     """The arms of the `answers` of confidence.json that have a dose; dose 0 is none."""
-    none = [c for c in answers["cells"] if c["method"] == "none"]
-    names = dict.fromkeys(c["method"] for c in answers["cells"] if c["method"] != "none" and c["dose"] is not None)
-    return {name: [*none, *(c for c in answers["cells"] if c["method"] == name)] for name in names}
+    methods = (c["method"] for c in answers["cells"] if c["method"] != "none" and c["dose"] is not None)
+    return _with_none(answers["cells"], {method: method for method in methods})
+
+
+def _with_none(cells: Sequence[Row], names: Mapping[str, str]) -> dict[str, list[Row]]:
+    """{what an arm is called: its cells behind those without steering}; names: {method: what it is called}."""
+    by = {method: [c for c in cells if c["method"] == method] for method in ("none", *names)}
+    return {said: [*by["none"], *by[method]] for method, said in names.items()}
